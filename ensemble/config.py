@@ -1,0 +1,182 @@
+"""Settings: ensemble.toml of the site < ENSEMBLE_* of the environment < the command's flags.
+
+The classes below are the documentation: every field has its default and its unit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ensemble.errors import ConfigError, NotFoundError
+
+SITE_FILE = "ensemble.toml"
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the database is."""
+
+    #: An external database: `postgresql://user@host:port/name`. None is the site's own cluster.
+    #: Passwords belong in ~/.pgpass or a service file, never here.
+    dsn: str | None = None
+    #: Where PostgreSQL's programs are, when not where they are usually found.
+    bin_dir: str | None = None
+    #: Addresses or interface names the site's own cluster listens on besides 127.0.0.1.
+    listen: list[str] = msgspec.field(default_factory=list)
+    #: Networks (CIDR) that may connect when `listen` is set.
+    allow: list[str] = msgspec.field(default_factory=list)
+    #: Accept a data directory on a network file system.
+    allow_network_fs: bool = False
+    connect_timeout_s: float = 10.0
+    #: How long one statement may take before the connection is given up.
+    command_timeout_s: float = 30.0
+
+
+class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How launchers behave."""
+
+    heartbeat_s: float = 15.0
+    #: Silence after which anybody may take a launcher's tasks over.
+    lease_ttl_s: float = 3600.0
+    #: Between TERM and KILL when a task is ended.
+    grace_s: float = 10.0
+    #: How long before the allocation's end a launcher begins to leave.
+    margin_s: float = 120.0
+    #: Tasks without an estimate are not started with less than this left.
+    min_useful_s: float = 60.0
+    #: A launcher leaves after so long with nothing to do.
+    idle_timeout_s: float = 60.0
+    #: The safety net: how often a launcher looks for work and kills without having been rung.
+    poll_s: float = 10.0
+    #: How often held tasks are compared with the store's.
+    reconcile_s: float = 180.0
+    #: An exit by signal waits so long for the scheduler's own signal before it is an error.
+    signal_hold_s: float = 2.0
+    #: MPI launches that may be starting or running at the same time.
+    max_launches: int = 1000
+    #: MPI launches started per second; None is no limit.
+    launches_per_s: float | None = None
+    #: How much of a failed task's output is kept in the store.
+    error_tail_lines: int = 20
+
+
+class MpiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which MPI launcher to use, and how."""
+
+    #: `auto` asks the command for its version.
+    launcher: Literal[
+        "auto", "openmpi4", "openmpi5", "mpich", "intel", "srun", "pals", "aprun", "jsrun", "flux"
+    ] = "auto"
+    #: The command; None is the usual name of that launcher, looked up on PATH.
+    command: str | None = None
+    #: More flags for every launch, before the task's own.
+    flags: list[str] = msgspec.field(default_factory=list)
+    #: Whether one rank on this machine is run through the MPI launcher too.
+    wrap_single_rank: bool = False
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that can be set for a site."""
+
+    #: The site's name: in job names and logs.
+    name: str = "site"
+    store: StoreSettings = msgspec.field(default_factory=StoreSettings)
+    launcher: LauncherSettings = msgspec.field(default_factory=LauncherSettings)
+    mpi: MpiSettings = msgspec.field(default_factory=MpiSettings)
+
+
+def find_site(start: Path, *, named: str | None = None, environ: Mapping[str, str]) -> Path:
+    """Return the site's directory: *named*, else $ENSEMBLE_SITE, else the nearest parent with one.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    given = named or environ.get("ENSEMBLE_SITE")
+    if given:
+        site = Path(given).expanduser().absolute()
+        if not (site / SITE_FILE).is_file():
+            raise NotFoundError(
+                f"{site} is not a site: it has no {SITE_FILE} (ensemble init {site})"
+            )
+        return site
+    for folder in (start, *start.parents):
+        if (folder / SITE_FILE).is_file():
+            return folder
+    raise NotFoundError(
+        f"no site here: neither {start} nor a directory above it has an {SITE_FILE} "
+        "(ensemble init DIR, or name one with --site or $ENSEMBLE_SITE)"
+    )
+
+
+def load(site: Path, *, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the site's settings, with ENSEMBLE_SECTION_KEY of the environment over them.
+
+    Raises:
+        ConfigError: A key is unknown or a value is not of its type; says which and what to write.
+    """
+    path = site / SITE_FILE
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return parse(_overlay(raw, os.environ if environ is None else environ), source=str(path))
+
+
+def parse(raw: Mapping[str, Any], *, source: str) -> Settings:
+    """Check *raw* against the settings' types.
+
+    Raises:
+        ConfigError: As for `load`.
+    """
+    try:
+        return msgspec.convert(raw, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(str(error))}") from error
+
+
+def _overlay(raw: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    for section, kind in (
+        ("store", StoreSettings),
+        ("launcher", LauncherSettings),
+        ("mpi", MpiSettings),
+    ):
+        for key in kind.__struct_fields__:
+            value = environ.get(f"ENSEMBLE_{section}_{key}".upper())
+            if value is not None:
+                raw.setdefault(section, {})[key] = _literal(value)
+    return raw
+
+
+def _literal(text: str) -> Any:
+    """Read an environment value as TOML would, else as a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(message: str) -> str:
+    """Turn msgspec's message into one that names the key and, for a typo, the likely one."""
+    unknown = re.search(r"unknown field `(\w+)`(?: - at `\$\.?([\w.]*)`)?", message)
+    if unknown is None:
+        return message.replace("$.", "")
+    key, section = unknown[1], unknown[2] or ""
+    known = {
+        "": Settings,
+        "store": StoreSettings,
+        "launcher": LauncherSettings,
+        "mpi": MpiSettings,
+    }.get(section, Settings)
+    close = difflib.get_close_matches(key, known.__struct_fields__, n=1)
+    hint = (
+        f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known.__struct_fields__)}"
+    )
+    where = f"[{section}] " if section else ""
+    return f"unknown setting {where}{key}{hint}"

@@ -1,0 +1,3 @@
+"""Keeps it running: the launcher and what daemons share."""
+
+from __future__ import annotations
