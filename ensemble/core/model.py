@@ -12,8 +12,6 @@ import msgspec
 
 from ensemble.core.states import State
 
-NOTHING: Mapping[str, Any] = {}
-
 
 class JobMode(StrEnum):
     """How a launcher runs tasks."""
@@ -371,3 +369,67 @@ class Launcher:
     ended_at: datetime | None
     last_seen_at: datetime
     tasks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selector:
+    """Which tasks: what is None does not restrict, and everything given must hold."""
+
+    ids: tuple[int, ...] | None = None
+    #: A substring of the workflow's name.
+    workflow: str | None = None
+    states: tuple[State, ...] | None = None
+    #: A substring of the task's name.
+    name: str | None = None
+    app: str | None = None
+    tags: Mapping[str, str] | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing restricts it."""
+        return self == Selector()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many tasks are in each state, and how many of those a launcher holds."""
+
+    by_state: Mapping[State, int]
+    held: Mapping[State, int]
+
+    @property
+    def total(self) -> int:
+        """All tasks."""
+        return sum(self.by_state.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What to change of a task; None leaves a field as it is."""
+
+    workflow: str | None = None
+    priority: int | None = None
+    wall_time_minutes: int | None = None
+    time_limit_minutes: float | None = None
+    num_nodes: int | None = None
+    ranks_per_node: int | None = None
+    max_retries: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A broken invariant, found by `ensemble db check`."""
+
+    check: str
+    task_id: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """A place in the stream of events."""
+
+    xid: str
+    id: int

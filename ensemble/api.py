@@ -1,0 +1,292 @@
+"""The async client: everything the command line does, for programs.
+
+```python
+import ensemble
+
+async with ensemble.connect() as ens:
+    await ens.apps.add("dock", "vina --config {conf}")
+    ids = await ens.tasks.add([ensemble.NewTask(app="dock", params={"conf": c}) for c in confs])
+    async for event in ens.watch(ids=ids):
+        ...
+```
+
+Frozen values in, frozen values out. Inside a running task it uses a database role of its own and
+one connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+from ensemble.core.listener import EVENT, KILL, Listener
+from ensemble.core.model import (
+    App,
+    Changes,
+    Counts,
+    Launcher,
+    NewApp,
+    NewTask,
+    Problem,
+    Selector,
+    Task,
+    TaskDetail,
+    TaskEvent,
+)
+from ensemble.core.states import State
+from ensemble.core.store import Store
+from ensemble.errors import NotFoundError, UsageError
+from ensemble.site import TASK, USER, Site
+
+#: How long a watcher believes in silence: a lost ring costs so much, no more.
+_LOOK_AGAIN_S = 2.0
+
+
+@asynccontextmanager
+async def connect(site: str | os.PathLike[str] | Site | None = None) -> AsyncIterator[Client]:
+    """Open a client of a site, found as the command line finds it.
+
+    Raises:
+        NotFoundError: There is no site.
+        StoreUnavailableError: Its database cannot be reached.
+    """
+    found = site if isinstance(site, Site) else Site.find(None if site is None else os.fspath(site))
+    is_in_task = "ENSEMBLE_TASK_ID" in os.environ
+    store = await Store.open(
+        found.address(TASK if is_in_task else USER),
+        name="ensemble task" if is_in_task else "ensemble client",
+        max_size=1 if is_in_task else 4,
+    )
+    try:
+        yield Client(found, store)
+    finally:
+        await store.close()
+
+
+class Client:
+    """A connected site."""
+
+    def __init__(self, site: Site, store: Store) -> None:
+        self.site = site
+        self.store = store
+        self.apps = Apps(store)
+        self.tasks = Tasks(store, site)
+
+    async def counts(self, workflow: str | None = None) -> Counts:
+        """Count the tasks by state; of the workflows that contain *workflow* when given."""
+        return await self.store.counts(workflow)
+
+    async def workflows(self) -> dict[str, dict[State, int]]:
+        """Return the number of tasks by workflow and state."""
+        return await self.store.workflows()
+
+    async def launchers(self, *, only_live: bool = True) -> list[Launcher]:
+        """Return launchers, the youngest first."""
+        return await self.store.launchers(only_live=only_live)
+
+    async def check(self) -> list[Problem]:
+        """Look for broken invariants of the store; a healthy one has none."""
+        return await self.store.check()
+
+    async def current_task(self) -> Task:
+        """Return the task that this program runs as.
+
+        Raises:
+            NotFoundError: This program does not run as a task.
+        """
+        task_id = os.environ.get("ENSEMBLE_TASK_ID")
+        if task_id is None:
+            raise NotFoundError("this program does not run as a task: ENSEMBLE_TASK_ID is not set")
+        return await self.tasks.get(int(task_id))
+
+    async def watch(
+        self, *, ids: Iterable[int] | None = None, workflow: str | None = None
+    ) -> AsyncIterator[TaskEvent]:
+        """Yield every move of the chosen tasks from now on, pushed as it is committed.
+
+        Args:
+            ids: Only these tasks; all when None.
+            workflow: Only workflows whose name contains it.
+        """
+        only = None if ids is None else list(ids)
+        cursor = await self.store.horizon()
+        async with self._bell() as rang:
+            while True:
+                events, cursor = await self.store.new_events(cursor, ids=only, workflow=workflow)
+                for event in events:
+                    yield event
+                if not events:
+                    await _rung(rang)
+
+    @asynccontextmanager
+    async def _bell(self) -> AsyncIterator[asyncio.Event]:
+        """Listen while the block runs; the event is set at every ring."""
+        rang = asyncio.Event()
+        listener = Listener(self.store.address, [EVENT, KILL], lambda _channel: rang.set())
+        async with asyncio.TaskGroup() as group:
+            worker = group.create_task(listener.run())
+            try:
+                yield rang
+            finally:
+                worker.cancel()
+
+
+async def _rung(rang: asyncio.Event) -> None:
+    try:
+        async with asyncio.timeout(_LOOK_AGAIN_S):
+            await rang.wait()
+    except TimeoutError:
+        return
+    rang.clear()
+
+
+class Apps:
+    """The registered apps."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def add(  # noqa: PLR0913 - the fields of NewApp
+        self,
+        name: str,
+        command: str,
+        *,
+        description: str = "",
+        environ: dict[str, str] | None = None,
+        env_script: str | None = None,
+        preprocess: str | None = None,
+        postprocess: str | None = None,
+        replace: bool = False,
+    ) -> App:
+        """Register how to run something; see `NewApp` for the fields.
+
+        Raises:
+            UsageError: It is malformed, or the name is taken and *replace* was not given.
+        """
+        new = NewApp(
+            name=name,
+            command=command,
+            description=description,
+            environ=environ or {},
+            env_script=env_script,
+            preprocess=preprocess,
+            postprocess=postprocess,
+        )
+        return await self._store.add_app(new, replace=replace)
+
+    async def find(self) -> list[App]:
+        """Return all apps by name."""
+        return await self._store.apps()
+
+    async def remove(self, name: str) -> None:
+        """Forget an app whose tasks have all ended."""
+        await self._store.remove_app(name)
+
+
+class Tasks:
+    """The tasks: add, look, change."""
+
+    def __init__(self, store: Store, site: Site) -> None:
+        self._store = store
+        self._site = site
+
+    async def add(self, tasks: NewTask | Sequence[NewTask], *, key: str | None = None) -> list[int]:
+        """Add tasks in one transaction; return their ids in the order given.
+
+        Args:
+            tasks: What to run.
+            key: The same key again adds nothing and returns the first ids.
+
+        Raises:
+            UsageError: One is malformed; nothing was added.
+        """
+        return await self._store.add([tasks] if isinstance(tasks, NewTask) else tasks, key=key)
+
+    async def get(self, task_id: int) -> Task:
+        """Return one task.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        found = await self._store.tasks(Selector(ids=(task_id,)), limit=1)
+        if not found:
+            raise NotFoundError(f"there is no task {task_id} (ensemble ls)")
+        return found[0]
+
+    async def find(
+        self, selector: Selector | None = None, *, limit: int = 1000, after: int = 0
+    ) -> list[Task]:
+        """Return up to *limit* tasks by id, from the first id above *after*."""
+        return await self._store.tasks(selector or Selector(), limit=limit, after=after)
+
+    async def states(self, selector: Selector | None = None) -> dict[int, State]:
+        """Return id and state of every selected task."""
+        return await self._store.task_states(selector or Selector())
+
+    async def detail(self, task_id: int) -> TaskDetail:
+        """Return everything on record about a task: needs, parents, attempts, history."""
+        return await self._store.detail(task_id)
+
+    def workdir(self, task: Task) -> str:
+        """Return the directory a task runs in; made when it starts."""
+        return str(self._site.path / task.workdir)
+
+    def output(self, task: Task) -> str:
+        """Return the file that a task's output goes to."""
+        return str(self._site.path / task.workdir / f"{task.name}.out")
+
+    async def kill(self, ids: int | Sequence[int], *, reason: str | None = None) -> dict[int, bool]:
+        """Kill tasks wherever they are; return those that were, and whether a process still dies."""
+        return await self._store.kill([ids] if isinstance(ids, int) else ids, reason=reason)
+
+    async def retry(self, ids: int | Sequence[int]) -> list[int]:
+        """Let FAILED and USER_KILLED tasks run again, with what failed because of them; return all."""
+        return await self._store.retry([ids] if isinstance(ids, int) else ids)
+
+    async def remove(self, ids: int | Sequence[int]) -> list[int]:
+        """Remove tasks from the store; what a launcher holds stays. Return the removed."""
+        return await self._store.remove([ids] if isinstance(ids, int) else ids)
+
+    async def modify(self, task_id: int, changes: Changes) -> None:
+        """Change what a task needs, while no launcher holds it."""
+        await self._store.modify(task_id, changes)
+
+    async def wait(self, ids: Sequence[int], *, timeout_s: float | None = None) -> dict[int, State]:
+        """Wait until tasks have ended for good and nothing of them runs; return their states.
+
+        Raises:
+            TimeoutError: They had not after *timeout_s* seconds.
+            NotFoundError: One does not exist.
+        """
+        wanted = list(dict.fromkeys(ids))
+        rang = asyncio.Event()
+        listener = Listener(self._store.address, [EVENT, KILL], lambda _channel: rang.set())
+        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
+            worker = group.create_task(listener.run())
+            while await self._store.unfinished(wanted):
+                await _rung(rang)
+            worker.cancel()
+        states = await self._store.task_states(Selector(ids=tuple(wanted)))
+        for missing in sorted(set(wanted) - states.keys()):
+            raise NotFoundError(f"there is no task {missing} (ensemble ls)")
+        return states
+
+
+def parse_ids(text: str) -> list[int]:
+    """Read a task selector: `12`, or `3-9` for a range.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    first, dash, last = text.partition("-")
+    if (
+        first.isascii()
+        and first.isdecimal()
+        and (not dash or (last.isascii() and last.isdecimal()))
+    ):
+        low, high = int(first), int(last or first)
+        if low <= high < 2**63 and high - low < 10_000_000:
+            return list(range(low, high + 1))
+    raise UsageError(f"{text!r} selects no task: write an id like 12 or a range like 3-9")

@@ -1,0 +1,207 @@
+"""A submission becomes rows: one transaction, three COPYs, ids in the order of dependence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ensemble.core import submission
+from ensemble.core.database import queries
+from ensemble.core.model import App, Cause, NewTask
+from ensemble.core.states import State
+from ensemble.core.submission import Resolved
+from ensemble.errors import NotFoundError, UsageError
+
+_LONG_S = 3600.0
+_TASK_COLUMNS = (
+    "id",
+    "workflow_id",
+    "app_id",
+    "num_nodes",
+    "ranks_per_node",
+    "node_packing_count",
+    "wall_time_minutes",
+    "priority",
+    "pending_parents",
+    "max_retries",
+    "max_timeouts",
+    "max_losses",
+    "auto_timeout_retry",
+    "state",
+    "cause",
+    "reason",
+)
+_SPEC_COLUMNS = (
+    "task_id",
+    "name",
+    "workdir",
+    "argv",
+    "params",
+    "environ",
+    "env_script",
+    "threads_per_rank",
+    "threads_per_core",
+    "gpus_per_rank",
+    "memory_mb",
+    "time_limit_minutes",
+    "mpi_flags",
+    "cpu_affinity",
+    "wait_for_parents",
+    "data",
+    "tags",
+)
+
+
+def resolve_all(tasks: Sequence[NewTask], apps: Mapping[str, App]) -> list[Resolved]:
+    """Check every task; the error of one names its place."""
+    resolved = []
+    for place, task in enumerate(tasks, 1):
+        try:
+            resolved.append(submission.resolve(task, apps))
+        except UsageError as error:
+            if len(tasks) == 1:
+                raise
+            raise UsageError(f"task {place} of {len(tasks)}: {error}") from error
+    return resolved
+
+
+async def insert(
+    connection: Any,
+    resolved: Sequence[Resolved],
+    sequence: Sequence[int],
+    names: Sequence[str],
+    key: str | None,
+) -> list[int]:
+    """Write one submission; ids rise along *sequence*, so that parents come before children."""
+    async with connection.transaction():
+        await connection.execute("SET LOCAL statement_timeout = 0")
+        drawn = await connection.fetch(queries()["next_task_ids"], len(resolved))
+        ids = [0] * len(resolved)
+        for place, row in zip(sequence, drawn, strict=True):
+            ids[place] = row[0]
+        if key is not None:
+            earlier = await _claim_key(connection, key, ids)
+            if earlier is not None:
+                return earlier
+        workflows = await workflow_ids(connection, {task.new.workflow for task in resolved})
+        edges = _edges(resolved, ids, names)
+        states = await _parent_states(connection, resolved)
+        tasks, specs = [], []
+        dead: dict[int, int] = {}  # failed at birth: task -> parent
+        for place in sequence:
+            task, task_id = resolved[place], ids[place]
+            waits = task.new.wait_for_parents
+            parents = edges.get(task_id, ()) if waits else ()
+            lost = [
+                p
+                for p in parents
+                if p in dead or states.get(p) in (State.FAILED, State.USER_KILLED)
+            ]
+            if lost:
+                dead[task_id] = lost[0]
+            pending = sum(states.get(p) is not State.JOB_FINISHED for p in parents)
+            tasks.append(_task_row(task, task_id, workflows[task.new.workflow], pending, lost))
+            specs.append(_spec_row(task, task_id))
+        await _copy(connection, "task", tasks, _TASK_COLUMNS)
+        await _copy(connection, "task_spec", specs, _SPEC_COLUMNS)
+        links = [
+            (parent, ids[place], task.new.wait_for_parents)
+            for place, task in enumerate(resolved)
+            for parent in edges.get(ids[place], ())
+        ]
+        if links:
+            await _copy(connection, "task_parent", links, ("parent_id", "child_id", "waits"))
+    return ids
+
+
+async def _copy(connection: Any, table: str, rows: list[Any], columns: Sequence[str]) -> None:
+    await connection.copy_records_to_table(table, records=rows, columns=columns, timeout=_LONG_S)
+
+
+async def _claim_key(connection: Any, key: str, ids: list[int]) -> list[int] | None:
+    if await connection.fetchval(queries()["insert_submission"], key, ids) is not None:
+        return None
+    earlier: list[int] = await connection.fetchval(queries()["select_submission"], key)
+    return earlier
+
+
+async def workflow_ids(connection: Any, names: set[str]) -> dict[str, int]:
+    """Return the ids of these workflows, made where they are new."""
+    rows = await connection.fetch(queries()["upsert_workflows"], sorted(names))
+    return {row["name"]: row["id"] for row in rows}
+
+
+def _edges(
+    resolved: Sequence[Resolved], ids: Sequence[int], names: Sequence[str]
+) -> dict[int, tuple[int, ...]]:
+    edges = {}
+    for place, task in enumerate(resolved):
+        if task.new.parents:
+            given = [parent for parent in task.new.parents if isinstance(parent, int)]
+            named = [ids[i] for i in submission.siblings(task.new, names)]
+            edges[ids[place]] = tuple(dict.fromkeys([*given, *named]))
+    return edges
+
+
+async def _parent_states(connection: Any, resolved: Sequence[Resolved]) -> dict[int, State]:
+    """Lock the parents that were there before; say which are missing."""
+    wanted = {p for task in resolved for p in task.new.parents if isinstance(p, int)}
+    if not wanted:
+        return {}
+    rows = await connection.fetch(queries()["lock_parents"], sorted(wanted))
+    states = {row["id"]: State(row["state"]) for row in rows}
+    for missing in sorted(wanted - states.keys()):
+        raise NotFoundError(f"there is no task {missing} to wait for (ensemble ls)")
+    return states
+
+
+def _task_row(
+    task: Resolved, task_id: int, workflow_id: int, pending: int, lost: Sequence[int]
+) -> tuple[Any, ...]:
+    new = task.new
+    state, cause, reason = State.PREPROCESSED, None, None
+    if lost:
+        state, cause, reason = State.FAILED, Cause.PARENT, f"task {lost[0]}"
+    elif pending:
+        state = State.AWAITING_PARENTS
+    return (
+        task_id,
+        workflow_id,
+        task.app_id,
+        new.num_nodes,
+        new.ranks_per_node,
+        new.node_packing_count,
+        new.wall_time_minutes,
+        new.priority,
+        pending,
+        new.max_retries,
+        new.max_timeouts,
+        new.max_losses,
+        new.auto_timeout_retry,
+        state,
+        cause,
+        reason,
+    )
+
+
+def _spec_row(task: Resolved, task_id: int) -> tuple[Any, ...]:
+    new = task.new
+    return (
+        task_id,
+        task.name,
+        submission.workdir(task_id, task.name),
+        task.argv,
+        new.params,
+        task.environ,
+        task.env_script,
+        new.threads_per_rank,
+        new.threads_per_core,
+        new.gpus_per_rank,
+        new.memory_mb,
+        new.time_limit_minutes,
+        new.mpi_flags,
+        new.cpu_affinity,
+        new.wait_for_parents,
+        new.data,
+        new.tags,
+    )

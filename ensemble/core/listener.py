@@ -1,0 +1,89 @@
+"""The LISTEN connection: a doorbell that survives restarts of the server.
+
+A ring is a hint, never the message: after every ring, and after every (re)connection, the owner
+reads the store again. So a lost notification costs a delay, not correctness.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import asyncpg
+
+from ensemble.core.database import Address, connect
+from ensemble.errors import StoreUnavailableError
+from ensemble.log import get_logger
+
+#: A held task was killed: re-read the kill set.
+KILL = "ensemble_kill"
+#: There is new work: idle launchers claim.
+WORK = "ensemble_work"
+#: Something happened: watchers read the new events.
+EVENT = "ensemble_event"
+#: Not a channel: the connection is new, so anything may have been missed.
+RESYNC = "resync"
+
+
+class Listener:
+    """Calls *on_ring* with the channels that rang, until it is cancelled.
+
+    *on_ring* is called in the event loop and must return at once.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        channels: Sequence[str],
+        on_ring: Callable[[str], None],
+        *,
+        ping_s: float = 15.0,
+        ping_timeout_s: float = 5.0,
+    ) -> None:
+        self._address = address
+        self._channels = tuple(channels)
+        self._on_ring = on_ring
+        self._ping_s = ping_s
+        self._ping_timeout_s = ping_timeout_s
+        self._log = get_logger()
+        self.is_connected = False
+
+    async def run(self) -> None:
+        """Listen for ever; a lost server is waited for with growing, jittered delays."""
+        delay = 0.2
+        while True:
+            try:
+                await self._listen()
+                delay = 0.2
+            except (StoreUnavailableError, OSError, TimeoutError, asyncpg.PostgresError,
+                    asyncpg.InterfaceError) as error:  # fmt: skip
+                self._log.warning("listener.lost", error=str(error), retry_s=round(delay, 1))
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            delay = min(delay * 2, 10.0)
+
+    async def _listen(self) -> None:
+        connection = await connect(self._address, name="ensemble listener")
+        lost = asyncio.Event()
+        try:
+            connection.add_termination_listener(lambda _connection: lost.set())
+            for channel in self._channels:
+                await connection.add_listener(channel, self._rang)
+            self.is_connected = True
+            self._on_ring(RESYNC)  # LISTEN first, read second: nothing falls between
+            while not lost.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._ping_s):
+                        await lost.wait()
+                if not lost.is_set():
+                    # Finds connections whose other end is gone without a word.
+                    await connection.execute("SELECT 1", timeout=self._ping_timeout_s)
+            self._log.warning("listener.lost", error="the server closed the connection")
+        finally:
+            self.is_connected = False
+            connection.terminate()  # never close(): that waits for the peer
+
+    def _rang(self, _connection: Any, _pid: int, channel: str, _payload: object) -> None:
+        self._on_ring(channel)

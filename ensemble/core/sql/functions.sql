@@ -1,0 +1,623 @@
+-- Functions and the trigger: applied again whenever this file changes.
+-- Locks are taken in the order lease, task (by id), children (by id); whoever may still deadlock
+-- is retried by the store. Error codes: EN001 lease lost, EN002 illegal move, EN003 nodes taken,
+-- EN004 held.
+
+-- ------------------------------------------------------------------------------- the trigger
+
+-- fail_descendants(ids): what waits for a task that will never finish fails with it.
+CREATE OR REPLACE FUNCTION fail_descendants(p_dead bigint[]) RETURNS void
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  WITH RECURSIVE down (id, parent_id) AS (
+    SELECT e.child_id, e.parent_id
+      FROM task_parent e JOIN task c ON c.id = e.child_id
+     WHERE e.parent_id = ANY (p_dead) AND e.waits AND c.state = 'AWAITING_PARENTS'
+    UNION
+    SELECT e.child_id, e.parent_id
+      FROM down d JOIN task_parent e ON e.parent_id = d.id JOIN task c ON c.id = e.child_id
+     WHERE e.waits AND c.state = 'AWAITING_PARENTS'
+  ), first_parent AS MATERIALIZED (
+    SELECT id, min(parent_id) AS parent_id FROM down GROUP BY id
+  ), locked AS MATERIALIZED (
+    SELECT t.id FROM task t JOIN first_parent f USING (id) ORDER BY t.id FOR NO KEY UPDATE OF t
+  )
+  UPDATE task t
+     SET state = 'FAILED', cause = 'parent', reason = 'task ' || f.parent_id, ended_at = now()
+    FROM locked l JOIN first_parent f USING (id)
+   WHERE t.id = l.id AND t.state = 'AWAITING_PARENTS'
+$$;
+
+-- release_children(ids): one parent less to wait for; the last one sets a child free.
+CREATE OR REPLACE FUNCTION release_children(p_done bigint[]) RETURNS void
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  WITH child AS MATERIALIZED (
+    SELECT child_id AS id, count(*)::int AS finished
+      FROM task_parent WHERE parent_id = ANY (p_done) AND waits GROUP BY child_id
+  ), locked AS MATERIALIZED (
+    SELECT t.id FROM task t JOIN child c USING (id) ORDER BY t.id FOR NO KEY UPDATE OF t
+  )
+  UPDATE task t
+     SET pending_parents = t.pending_parents - c.finished,
+         state = CASE WHEN t.state = 'AWAITING_PARENTS' AND t.pending_parents = c.finished
+                      THEN 'PREPROCESSED' ELSE t.state END
+    FROM locked l JOIN child c USING (id)
+   WHERE t.id = l.id
+$$;
+
+-- task_moved(): for every writer, psql included: refuses an illegal move, writes the history, rings
+-- the bell on a kill, and tells the descendants. Children are handled by statements of their own,
+-- that is, with a snapshot taken after the parents were locked: a child that was being added
+-- meanwhile is seen.
+CREATE OR REPLACE FUNCTION task_moved() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_bad record;
+  v_done bigint[];
+  v_dead bigint[];
+  v_kill boolean;
+BEGIN
+  SELECT o.id, o.state AS was, n.state AS wanted INTO v_bad
+    FROM new_rows n JOIN old_rows o USING (id)
+   WHERE n.state <> o.state
+     AND NOT EXISTS (SELECT 1 FROM move m WHERE m.from_state = o.state AND m.to_state = n.state)
+   LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'task % is % and cannot become %', v_bad.id, v_bad.was, v_bad.wanted
+      USING ERRCODE = 'EN002';
+  END IF;
+  WITH written AS (
+    INSERT INTO event (task_id, at, from_state, to_state, attempt, lease_id, actor, reason)
+    SELECT n.id, clock_timestamp(), o.state, n.state, n.attempt, coalesce(n.lease_id, o.lease_id),
+           session_user,
+           CASE WHEN n.cause IS DISTINCT FROM o.cause OR n.reason IS DISTINCT FROM o.reason
+                THEN nullif(concat_ws(': ', n.cause, n.reason), '') END
+      FROM new_rows n JOIN old_rows o USING (id)
+     WHERE n.state <> o.state
+     ORDER BY n.id
+    RETURNING task_id, to_state, lease_id
+  )
+  SELECT array_agg(task_id) FILTER (WHERE to_state = 'JOB_FINISHED'),
+         array_agg(task_id) FILTER (WHERE to_state IN ('FAILED', 'USER_KILLED')),
+         bool_or(to_state = 'USER_KILLED' AND lease_id IS NOT NULL)
+    INTO v_done, v_dead, v_kill FROM written;
+  IF v_kill THEN
+    PERFORM pg_notify('ensemble_kill', '');
+  END IF;
+  IF v_done IS NOT NULL THEN
+    PERFORM release_children(v_done);
+  END IF;
+  IF v_dead IS NOT NULL THEN
+    PERFORM fail_descendants(v_dead);
+  END IF;
+  RETURN NULL;
+END $$;
+
+-- task_added(): the first line of every history.
+CREATE OR REPLACE FUNCTION task_added() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_bad record;
+BEGIN
+  SELECT n.id, n.state INTO v_bad FROM new_rows n
+   WHERE n.state <> 'CREATED'
+     AND NOT EXISTS (SELECT 1 FROM move m WHERE m.from_state = 'CREATED' AND m.to_state = n.state)
+   LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'a new task cannot be %', v_bad.state USING ERRCODE = 'EN002';
+  END IF;
+  INSERT INTO event (task_id, at, from_state, to_state, attempt, actor, reason)
+  SELECT id, clock_timestamp(), 'CREATED', state, attempt, session_user,
+         nullif(concat_ws(': ', cause, reason), '')
+    FROM new_rows WHERE state <> 'CREATED' ORDER BY id;
+  RETURN NULL;
+END $$;
+
+-- task_removed(): what is held may still have a process; it cannot be removed.
+CREATE OR REPLACE FUNCTION task_removed() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_id bigint;
+BEGIN
+  SELECT id INTO v_id FROM old_rows WHERE lease_id IS NOT NULL LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'task % is held by a launcher and cannot be removed', v_id
+      USING ERRCODE = 'EN004';
+  END IF;
+  DELETE FROM task_spec s USING old_rows o WHERE s.task_id = o.id;
+  DELETE FROM task_parent p USING old_rows o WHERE p.child_id = o.id OR p.parent_id = o.id;
+  DELETE FROM attempt a USING old_rows o WHERE a.task_id = o.id;
+  DELETE FROM event e USING old_rows o WHERE e.task_id = o.id;
+  RETURN NULL;
+END $$;
+
+DROP TRIGGER IF EXISTS task_moved ON task;
+CREATE TRIGGER task_moved AFTER UPDATE ON task
+  REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+  FOR EACH STATEMENT EXECUTE FUNCTION task_moved();
+DROP TRIGGER IF EXISTS task_added ON task;
+CREATE TRIGGER task_added AFTER INSERT ON task
+  REFERENCING NEW TABLE AS new_rows
+  FOR EACH STATEMENT EXECUTE FUNCTION task_added();
+DROP TRIGGER IF EXISTS task_removed ON task;
+CREATE TRIGGER task_removed AFTER DELETE ON task
+  REFERENCING OLD TABLE AS old_rows
+  FOR EACH STATEMENT EXECUTE FUNCTION task_removed();
+
+-- ------------------------------------------------------------------------------- leases
+
+-- check_lease(lease): holds the lease against the reaper (who takes FOR UPDATE) until commit.
+CREATE OR REPLACE FUNCTION is_lease_active(p_lease bigint) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  PERFORM 1 FROM lease WHERE id = p_lease AND state = 'ACTIVE' FOR KEY SHARE;
+  RETURN FOUND;
+END $$;
+
+-- register_launcher(...): a launcher and its lease; nodes of one batch job serve one launcher.
+CREATE OR REPLACE FUNCTION register_launcher(
+  p_identity jsonb, p_version text, p_job_mode text, p_wf_filter text, p_nodes text[],
+  p_scheduler text, p_scheduler_job_id text, p_restart_count int, p_left interval, p_ttl interval
+) RETURNS TABLE (launcher_id bigint, lease_id bigint)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_other bigint;
+  v_launcher bigint;
+  v_lease bigint;
+BEGIN
+  PERFORM pg_advisory_xact_lock(hashtext('ensemble.register_launcher'));
+  IF p_scheduler_job_id IS NOT NULL THEN
+    SELECT r.id INTO v_other
+      FROM launcher r JOIN lease l ON l.launcher_id = r.id AND l.state = 'ACTIVE'
+     WHERE r.scheduler = p_scheduler AND r.scheduler_job_id = p_scheduler_job_id
+       AND r.nodes && p_nodes
+     LIMIT 1;
+    IF FOUND THEN
+      RAISE EXCEPTION 'launcher % of batch job % still holds nodes of this allocation',
+        v_other, p_scheduler_job_id USING ERRCODE = 'EN003';
+    END IF;
+  END IF;
+  INSERT INTO launcher (host, boot_id, pid_namespace, pid, start_ticks, guard_pid,
+                        guard_start_ticks, version, job_mode, wf_filter, nodes, scheduler,
+                        scheduler_job_id, restart_count, ends_at)
+  VALUES (p_identity->>'host', p_identity->>'boot_id', p_identity->>'pid_namespace',
+          (p_identity->>'pid')::int, (p_identity->>'start_ticks')::bigint,
+          (p_identity->>'guard_pid')::int, (p_identity->>'guard_start_ticks')::bigint,
+          p_version, p_job_mode, p_wf_filter, p_nodes, p_scheduler, p_scheduler_job_id,
+          p_restart_count, clock_timestamp() + p_left)
+  RETURNING id INTO v_launcher;
+  INSERT INTO lease (launcher_id, ttl, expires_at)
+  VALUES (v_launcher, p_ttl, clock_timestamp() + p_ttl)
+  RETURNING id INTO v_lease;
+  RETURN QUERY SELECT v_launcher, v_lease;
+END $$;
+
+-- close_lease(lease, state, evidence): ends a launcher's right to its tasks, once.
+CREATE OR REPLACE FUNCTION close_lease(p_lease bigint, p_state text, p_evidence text)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  PERFORM 1 FROM lease WHERE id = p_lease AND state = 'ACTIVE' FOR UPDATE;
+  IF NOT FOUND THEN
+    RETURN false;
+  END IF;
+  UPDATE lease SET state = p_state, closed_at = clock_timestamp(), evidence = p_evidence
+   WHERE id = p_lease;
+  UPDATE launcher r SET ended_at = clock_timestamp(), end_reason = p_evidence
+    FROM lease l WHERE l.id = p_lease AND r.id = l.launcher_id;
+  RETURN true;
+END $$;
+
+-- expire_leases(): closes leases whose launcher was silent for its whole ttl, or whose batch job
+-- has ended. The database itself must have been up for as long, so that after its own outage
+-- everybody can renew first.
+CREATE OR REPLACE FUNCTION expire_leases() RETURNS TABLE (lease_id bigint)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v record;
+BEGIN
+  FOR v IN
+    SELECT l.id, b.state AS job_state
+      FROM lease l
+      JOIN launcher r ON r.id = l.launcher_id
+      LEFT JOIN batch_job b ON b.id = r.batch_job_id
+        AND b.state IN ('FINISHED', 'FAILED', 'TIMEOUT', 'CANCELLED')
+     WHERE l.state = 'ACTIVE'
+       AND (b.id IS NOT NULL
+            OR (l.expires_at < clock_timestamp()
+                AND pg_postmaster_start_time() + l.ttl < clock_timestamp()))
+     ORDER BY l.id
+       FOR UPDATE OF l SKIP LOCKED
+  LOOP
+    PERFORM close_lease(v.id, 'EXPIRED',
+      coalesce('its batch job is ' || v.job_state, 'not heard of for its whole lease'));
+    lease_id := v.id;
+    RETURN NEXT;
+  END LOOP;
+END $$;
+
+-- ------------------------------------------------------------------------------- claim
+
+-- next_size(workflows, priority, nodes, below): the first (priority, num_nodes) of runnable tasks
+-- at or after the given one in claim order: one descent of an index per workflow.
+CREATE OR REPLACE FUNCTION next_size(p_workflows int[], p_priority int, p_nodes int)
+RETURNS TABLE (priority int, num_nodes int)
+LANGUAGE plpgsql STABLE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  IF p_workflows IS NULL THEN
+    RETURN QUERY
+      SELECT t.priority, t.num_nodes FROM task t
+       WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+         AND (t.priority, t.num_nodes) <= (p_priority, p_nodes)
+       ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+       LIMIT 1;
+  ELSE
+    RETURN QUERY
+      SELECT s.priority, s.num_nodes
+        FROM unnest(p_workflows) AS w (id)
+       CROSS JOIN LATERAL (
+         SELECT t.priority, t.num_nodes FROM task t
+          WHERE t.workflow_id = w.id
+            AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND (t.priority, t.num_nodes) <= (p_priority, p_nodes)
+          ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+          LIMIT 1) s
+       ORDER BY s.priority DESC, s.num_nodes DESC
+       LIMIT 1;
+  END IF;
+END $$;
+
+-- lock_runnable(workflows, priority, nodes, minutes, limit): the longest tasks of one size that
+-- still fit the time, locked; what somebody else has locked is skipped.
+CREATE OR REPLACE FUNCTION lock_runnable(
+  p_workflows int[], p_priority int, p_nodes int, p_minutes int, p_limit int
+) RETURNS SETOF bigint
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  IF p_workflows IS NULL THEN
+    RETURN QUERY
+      SELECT t.id FROM task t
+       WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+         AND t.priority = p_priority AND t.num_nodes = p_nodes
+         AND t.wall_time_minutes <= p_minutes
+       ORDER BY t.wall_time_minutes DESC, t.id
+       LIMIT p_limit
+         FOR NO KEY UPDATE SKIP LOCKED;
+  ELSE
+    RETURN QUERY
+      SELECT s.id
+        FROM unnest(p_workflows) AS w (id)
+       CROSS JOIN LATERAL (
+         SELECT t.id, t.wall_time_minutes FROM task t
+          WHERE t.workflow_id = w.id
+            AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND t.priority = p_priority AND t.num_nodes = p_nodes
+            AND t.wall_time_minutes <= p_minutes
+          ORDER BY t.wall_time_minutes DESC, t.id
+          LIMIT p_limit
+            FOR NO KEY UPDATE SKIP LOCKED) s
+       ORDER BY s.wall_time_minutes DESC, s.id
+       LIMIT p_limit;
+  END IF;
+END $$;
+
+-- claim_tasks(lease, workflows, nodes, minutes, limit): for whole free nodes, the best tasks that
+-- fit: priority, then larger, then longer. Exact greedy order; locks little more than it takes.
+CREATE OR REPLACE FUNCTION claim_tasks(
+  p_lease bigint, p_workflows int[], p_nodes int, p_minutes int, p_limit int
+) RETURNS TABLE (id bigint, attempt int)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_ids bigint[] := '{}';
+  v_more bigint[];
+  v_free int := p_nodes;
+  v_size record;
+  v_priority int := 2147483647;
+  v_nodes int := p_nodes;
+  v_probes int := 0;
+BEGIN
+  IF NOT is_lease_active(p_lease) THEN
+    RAISE EXCEPTION 'lease % is not active', p_lease USING ERRCODE = 'EN001';
+  END IF;
+  WHILE v_free > 0 AND cardinality(v_ids) < p_limit AND v_probes < 200 LOOP
+    v_probes := v_probes + 1;
+    SELECT * INTO v_size FROM next_size(p_workflows, v_priority, v_nodes);
+    EXIT WHEN NOT FOUND;
+    v_priority := v_size.priority;
+    v_nodes := v_size.num_nodes;
+    IF v_nodes > v_free THEN
+      v_nodes := v_free;             -- too wide for what is left: look below it
+      CONTINUE;
+    END IF;
+    SELECT coalesce(array_agg(l), '{}') INTO v_more
+      FROM lock_runnable(p_workflows, v_priority, v_nodes, p_minutes,
+                         least(v_free / v_nodes, p_limit - cardinality(v_ids))) l;
+    v_ids := v_ids || v_more;
+    v_free := v_free - v_nodes * cardinality(v_more);
+    v_nodes := v_nodes - 1;
+    IF v_nodes = 0 THEN              -- done with this priority
+      EXIT WHEN v_priority = -2147483648;
+      v_priority := v_priority - 1;
+      v_nodes := 2147483647;
+    END IF;
+  END LOOP;
+  IF cardinality(v_ids) = 0 THEN
+    RETURN;
+  END IF;
+  RETURN QUERY
+    WITH taken AS (
+      UPDATE task t SET lease_id = p_lease, attempt = t.attempt + 1
+       WHERE t.id = ANY (v_ids)
+      RETURNING t.id, t.attempt
+    ), opened AS (
+      INSERT INTO ensemble.attempt (task_id, attempt, lease_id)
+      SELECT k.id, k.attempt, p_lease FROM taken k
+    )
+    SELECT k.id, k.attempt FROM taken k;
+END $$;
+
+-- ------------------------------------------------------------------------------- reports
+
+-- settle_tasks(ids): the policies, in the transaction that released the hold.
+CREATE OR REPLACE FUNCTION settle_tasks(p_ids bigint[]) RETURNS void
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  UPDATE task t
+     SET failures = t.failures + CASE WHEN p.own_fault THEN 1 ELSE 0 END,
+         timeouts = t.timeouts + CASE WHEN p.own_fault THEN 0 ELSE 1 END,
+         state = CASE
+           WHEN p.own_fault AND t.failures < t.max_retries THEN 'RESTART_READY'
+           WHEN NOT p.own_fault AND t.auto_timeout_retry AND t.timeouts < t.max_timeouts
+             THEN 'RESTART_READY'
+           ELSE 'FAILED' END
+    FROM (SELECT s.id, s.state = 'RUN_ERROR' OR s.cause = 'time limit' AS own_fault
+            FROM task s WHERE s.id = ANY (p_ids)) p
+   WHERE t.id = p.id AND t.lease_id IS NULL AND t.state IN ('RUN_ERROR', 'RUN_TIMEOUT')
+$$;
+
+-- start_tasks(lease, ...): what has been started is RUNNING. A task that was killed meanwhile keeps
+-- its state (verdict applied: the start is on record).
+CREATE OR REPLACE FUNCTION start_tasks(
+  p_lease bigint, p_id bigint[], p_attempt int[], p_at timestamptz[], p_nodes text[]
+) RETURNS TABLE (task_id bigint, attempt int, verdict text)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+  v_live boolean := is_lease_active(p_lease);
+  v_locked bigint[];
+BEGIN
+  SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
+    SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
+  RETURN QUERY
+    WITH report AS MATERIALIZED (
+      SELECT i.id, i.attempt, i.at, i.nodes,
+             CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
+                  WHEN a.task_id IS NULL OR a.lease_id <> p_lease OR NOT v_live THEN 'fenced'
+                  WHEN a.started_at IS NOT NULL OR a.ended_at IS NOT NULL THEN 'duplicate'
+                  WHEN NOT i.id = ANY (v_locked) THEN 'busy'
+                  ELSE 'applied' END AS verdict
+        FROM unnest(p_id, p_attempt, p_at, p_nodes) AS i (id, attempt, at, nodes)
+        LEFT JOIN ensemble.attempt a ON a.task_id = i.id AND a.attempt = i.attempt
+        LEFT JOIN task t ON t.id = i.id
+    ), begun AS (
+      UPDATE ensemble.attempt a SET started_at = r.at, nodes = string_to_array(r.nodes, ',')
+        FROM report r
+       WHERE r.verdict = 'applied' AND a.task_id = r.id AND a.attempt = r.attempt
+    ), moved AS (
+      UPDATE task t SET started_at = r.at,
+             state = CASE WHEN t.state IN ('PREPROCESSED', 'RESTART_READY') THEN 'RUNNING'
+                          ELSE t.state END
+        FROM report r
+       WHERE r.verdict = 'applied' AND t.id = r.id
+    )
+    SELECT r.id, r.attempt, r.verdict FROM report r;
+END $$;
+
+-- finish_tasks(lease, ...): nothing of these attempts runs any more. Fenced on the attempt row, so
+-- it always closes the attempt and releases the hold; moves the state only from where its launcher
+-- had it: claimed, RUNNING, or RUN_TIMEOUT that ended well after all.
+CREATE OR REPLACE FUNCTION finish_tasks(
+  p_lease bigint, p_id bigint[], p_attempt int[], p_outcome text[], p_at timestamptz[],
+  p_started timestamptz[], p_nodes text[], p_exit int[], p_cause text[], p_reason text[],
+  p_error text[]
+) RETURNS TABLE (task_id bigint, attempt int, verdict text)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+  v_live boolean := is_lease_active(p_lease);
+  v_locked bigint[];
+  v_unsettled bigint[];
+  v_verdicts jsonb;
+BEGIN
+  SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
+    SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
+  WITH report AS MATERIALIZED (
+    SELECT i.*, t.state AS was,
+           CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
+                WHEN a.task_id IS NULL OR a.lease_id <> p_lease THEN 'fenced'
+                WHEN a.ended_at IS NOT NULL THEN
+                  CASE WHEN a.outcome = 'lost' THEN 'fenced' ELSE 'duplicate' END
+                WHEN NOT v_live THEN 'fenced'
+                WHEN NOT i.id = ANY (v_locked) THEN 'busy'
+                ELSE 'applied' END AS verdict
+      FROM unnest(p_id, p_attempt, p_outcome, p_at, p_started, p_nodes, p_exit, p_cause, p_reason,
+                  p_error)
+           AS i (id, attempt, outcome, at, started, nodes, code, cause, reason, error)
+      LEFT JOIN ensemble.attempt a ON a.task_id = i.id AND a.attempt = i.attempt
+      LEFT JOIN task t ON t.id = i.id
+  ), closed AS (
+    UPDATE ensemble.attempt a
+       SET ended_at = r.at, started_at = coalesce(a.started_at, r.started),
+           nodes = CASE WHEN r.nodes = '' THEN a.nodes ELSE string_to_array(r.nodes, ',') END,
+           exit_code = r.code, error = r.error,
+           outcome = CASE WHEN r.was = 'USER_KILLED' AND r.outcome <> 'given back' THEN 'killed'
+                          ELSE r.outcome END,
+           cause = CASE WHEN r.was = 'USER_KILLED' THEN 'killed by user' ELSE r.cause END,
+           reason = r.reason
+      FROM report r
+     WHERE r.verdict = 'applied' AND a.task_id = r.id AND a.attempt = r.attempt
+  ), moved AS (
+    UPDATE task t
+       SET lease_id = NULL,
+           started_at = coalesce(r.started, t.started_at),
+           ended_at = CASE WHEN r.outcome = 'given back' THEN t.ended_at ELSE r.at END,
+           exit_code = CASE WHEN r.outcome = 'given back' THEN t.exit_code ELSE r.code END,
+           cause = CASE
+             WHEN t.state = 'USER_KILLED' THEN coalesce(t.cause, 'killed by user')
+             WHEN r.outcome = 'done' THEN NULL
+             WHEN r.outcome = 'given back' OR t.state = 'RUN_TIMEOUT' THEN t.cause
+             ELSE r.cause END,
+           reason = CASE
+             WHEN r.outcome = 'done' AND t.state <> 'USER_KILLED' THEN NULL
+             WHEN t.state IN ('USER_KILLED', 'RUN_TIMEOUT') OR r.outcome = 'given back' THEN t.reason
+             ELSE r.reason END,
+           losses = t.losses + CASE WHEN r.outcome = 'lost' AND t.state = 'RUNNING' THEN 1 ELSE 0 END,
+           state = CASE
+             WHEN t.state = 'USER_KILLED' OR r.outcome = 'given back' THEN t.state
+             WHEN r.outcome = 'done' THEN 'JOB_FINISHED'
+             WHEN t.state = 'RUN_TIMEOUT' OR r.outcome = 'timeout' THEN 'RUN_TIMEOUT'
+             WHEN r.outcome = 'lost' AND t.state <> 'RUNNING' THEN t.state
+             WHEN r.outcome = 'lost' AND t.losses < t.max_losses THEN 'RESTART_READY'
+             WHEN r.outcome = 'lost' THEN 'FAILED'
+             ELSE 'RUN_ERROR' END
+      FROM report r
+     WHERE r.verdict = 'applied' AND t.id = r.id
+    RETURNING t.id, t.state
+  )
+  SELECT (SELECT array_agg(m.id) FROM moved m WHERE m.state IN ('RUN_ERROR', 'RUN_TIMEOUT')),
+         (SELECT jsonb_agg(jsonb_build_array(r.id, r.attempt, r.verdict)) FROM report r)
+    INTO v_unsettled, v_verdicts;
+  IF v_unsettled IS NOT NULL THEN
+    PERFORM settle_tasks(v_unsettled);
+  END IF;
+  RETURN QUERY SELECT (v->>0)::bigint, (v->>1)::int, v->>2
+                 FROM jsonb_array_elements(v_verdicts) v;
+END $$;
+
+-- release_lost(lease, limit): gives back what a closed lease still held; the last step of a reaping.
+-- Returns how many were released. A closed lease cannot gain a task, so 0 held is final.
+CREATE OR REPLACE FUNCTION release_lost(p_lease bigint, p_limit int) RETURNS int
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_evidence text;
+  v_ids bigint[];
+BEGIN
+  SELECT evidence INTO v_evidence FROM lease WHERE id = p_lease AND state <> 'ACTIVE' FOR KEY SHARE;
+  IF NOT FOUND THEN
+    RETURN 0;
+  END IF;
+  SELECT coalesce(array_agg(l.id), '{}') INTO v_ids FROM (
+    SELECT t.id FROM task t WHERE t.lease_id = p_lease
+     ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) l;
+  UPDATE attempt a
+     SET ended_at = clock_timestamp(), reason = v_evidence,
+         outcome = CASE WHEN t.state = 'USER_KILLED' THEN 'killed' ELSE 'lost' END,
+         cause = CASE WHEN t.state = 'USER_KILLED' THEN 'killed by user' ELSE 'launcher lost' END
+    FROM task t
+   WHERE t.id = ANY (v_ids) AND a.task_id = t.id AND a.attempt = t.attempt AND a.ended_at IS NULL;
+  UPDATE task t
+     SET lease_id = NULL,
+         losses = t.losses + CASE WHEN t.state = 'RUNNING' THEN 1 ELSE 0 END,
+         ended_at = CASE WHEN t.state = 'RUNNING' THEN clock_timestamp() ELSE t.ended_at END,
+         cause = CASE WHEN t.state = 'RUNNING' THEN 'launcher lost' ELSE t.cause END,
+         reason = CASE WHEN t.state = 'RUNNING' THEN v_evidence ELSE t.reason END,
+         state = CASE WHEN t.state <> 'RUNNING' THEN t.state
+                      WHEN t.losses < t.max_losses THEN 'RESTART_READY'
+                      ELSE 'FAILED' END
+   WHERE t.id = ANY (v_ids);
+  PERFORM settle_tasks(v_ids);
+  UPDATE lease l SET swept = true
+   WHERE l.id = p_lease AND NOT EXISTS (SELECT 1 FROM task t WHERE t.lease_id = p_lease);
+  RETURN cardinality(v_ids);
+END $$;
+
+-- drain_tasks(lease): the allocation ends: one statement marks all that runs. A row that somebody's
+-- open transaction has locked is skipped; its end report says the same.
+CREATE OR REPLACE FUNCTION drain_tasks(p_lease bigint, p_reason text) RETURNS int
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  WITH locked AS MATERIALIZED (
+    SELECT t.id FROM task t WHERE t.lease_id = p_lease AND t.state = 'RUNNING'
+     ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED
+  ), marked AS (
+    UPDATE task t SET state = 'RUN_TIMEOUT', cause = 'allocation ended', reason = p_reason
+      FROM locked l WHERE t.id = l.id AND t.lease_id = p_lease AND t.state = 'RUNNING'
+    RETURNING 1
+  )
+  SELECT count(*)::int FROM marked
+$$;
+
+-- time_out_tasks(lease, ids, attempts): past their own limit; marked while they are being ended.
+CREATE OR REPLACE FUNCTION time_out_tasks(p_lease bigint, p_id bigint[], p_attempt int[])
+RETURNS int
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  WITH locked AS MATERIALIZED (
+    SELECT t.id FROM task t JOIN unnest(p_id, p_attempt) AS i (id, attempt)
+        ON i.id = t.id AND i.attempt = t.attempt
+     WHERE t.lease_id = p_lease AND t.state = 'RUNNING'
+     ORDER BY t.id FOR NO KEY UPDATE OF t SKIP LOCKED
+  ), marked AS (
+    UPDATE task t SET state = 'RUN_TIMEOUT', cause = 'time limit', reason = NULL
+      FROM locked l WHERE t.id = l.id AND t.lease_id = p_lease AND t.state = 'RUNNING'
+    RETURNING 1
+  )
+  SELECT count(*)::int FROM marked
+$$;
+
+-- ------------------------------------------------------------------------------- users
+
+-- kill_tasks(ids, reason): what has not ended is USER_KILLED; the trigger rings the launchers.
+CREATE OR REPLACE FUNCTION kill_tasks(p_ids bigint[], p_reason text)
+RETURNS TABLE (id bigint, was_held boolean)
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  WITH locked AS MATERIALIZED (
+    SELECT t.id FROM task t
+     WHERE t.id = ANY (p_ids) AND t.state NOT IN ('JOB_FINISHED', 'FAILED', 'USER_KILLED')
+     ORDER BY t.id FOR NO KEY UPDATE
+  )
+  UPDATE task t
+     SET state = 'USER_KILLED', cause = 'killed by user', reason = p_reason,
+         ended_at = CASE WHEN t.lease_id IS NULL THEN now() ELSE t.ended_at END
+    FROM locked l
+   WHERE t.id = l.id AND t.state NOT IN ('JOB_FINISHED', 'FAILED', 'USER_KILLED')
+  RETURNING t.id, t.lease_id IS NOT NULL
+$$;
+
+-- retry_tasks(ids): FAILED and USER_KILLED tasks that are not held run again, and with them what
+-- had failed only because of them. Counters start afresh; attempt goes on rising.
+CREATE OR REPLACE FUNCTION retry_tasks(p_ids bigint[]) RETURNS TABLE (id bigint)
+LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+  WITH RECURSIVE wanted (id) AS (
+    SELECT t.id FROM task t WHERE t.id = ANY (p_ids)
+    UNION
+    SELECT c.id FROM wanted w
+      JOIN task_parent e ON e.parent_id = w.id AND e.waits
+      JOIN task c ON c.id = e.child_id AND c.state = 'FAILED' AND c.cause = 'parent'
+  ), locked AS MATERIALIZED (
+    SELECT t.id FROM task t JOIN wanted USING (id)
+     WHERE t.state IN ('FAILED', 'USER_KILLED') AND t.lease_id IS NULL
+     ORDER BY t.id FOR NO KEY UPDATE OF t
+  )
+  UPDATE task t
+     SET state = CASE WHEN t.pending_parents > 0 THEN 'AWAITING_PARENTS' ELSE 'PREPROCESSED' END,
+         failures = 0, timeouts = 0, losses = 0, cause = NULL, reason = NULL, exit_code = NULL,
+         started_at = NULL, ended_at = NULL
+    FROM locked l
+   WHERE t.id = l.id AND t.state IN ('FAILED', 'USER_KILLED') AND t.lease_id IS NULL
+  RETURNING t.id
+$$;
+
+-- ------------------------------------------------------------------------------- rights
+
+-- The site's own cluster has a role for launchers and users and one for the API inside tasks.
+-- An external database may have neither: then its one user owns everything.
+DO $$
+DECLARE
+  v_role text;
+BEGIN
+  FOREACH v_role IN ARRAY ARRAY['ensemble_user', 'ensemble_task'] LOOP
+    IF EXISTS (SELECT 1 FROM pg_roles WHERE rolname = v_role) THEN
+      EXECUTE format('GRANT USAGE ON SCHEMA ensemble TO %I', v_role);
+      EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA ensemble TO %I', v_role);
+      EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON move, schema_version, schema_script, event FROM %I', v_role);
+      EXECUTE format('GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA ensemble TO %I', v_role);
+    END IF;
+  END LOOP;
+END $$;

@@ -1,0 +1,552 @@
+"""MPI launchers: which one there is, its command line for a task, and how to end what it started.
+
+Everything is pure but `detect`. What is said of Open MPI 4.1.4 and 5.0.11 and of MPICH 5.0.2 was tried;
+srun was tried with Slurm 22.05; the others follow their manuals.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from ensemble.config import MpiSettings
+from ensemble.core.model import Claim, Placement
+from ensemble.drivers import process
+from ensemble.errors import LaunchError
+
+#: Seconds that `mpiexec --version` may take.
+VERSION_TIMEOUT_S = 20.0
+
+
+class Flavor(StrEnum):
+    """A family of MPI launchers that take the same options."""
+
+    #: Open MPI up to 4, and IBM Spectrum MPI.
+    OPENMPI4 = "openmpi4"
+    #: Open MPI from 5 on (PRRTE).
+    OPENMPI5 = "openmpi5"
+    #: Hydra: MPICH and MVAPICH.
+    MPICH = "mpich"
+    #: Intel MPI: Hydra with its own way of binding.
+    INTEL = "intel"
+    SRUN = "srun"
+    #: Cray PALS' mpiexec.
+    PALS = "pals"
+    APRUN = "aprun"
+    JSRUN = "jsrun"
+    #: `flux run`.
+    FLUX = "flux"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndPlan:
+    """How to end a launch so that its ranks can say good-bye, and what the launcher does by itself."""
+
+    #: `signal`: TERM to the launcher's command. `step`: `scancel_argv` with TERM, because TERM to the
+    #: command kills its ranks at once.
+    term: Literal["signal", "step"]
+    #: Whether the command kills ranks that survive a TERM. Where it does not, the caller must: KILL to
+    #: the command after the grace, then to what is left of the tree. Harmless where it does.
+    escalates: bool
+    #: Seconds that ranks have between TERM and KILL, where the command escalates and it is known.
+    rank_grace_s: float | None = None
+    #: Whether KILL to the command leaves ranks of this host alive, as children of the subreaper.
+    leaves_orphans: bool = True
+
+
+#: Tried with the versions above (TERM and KILL to the command, ranks with and without MPI_Init); where
+#: nothing is known the plan is the careful one.
+END_PLANS: Mapping[Flavor, EndPlan] = {
+    # Ranks get CONT, a second later TERM, a second later KILL; mpirun ends with 1.
+    Flavor.OPENMPI4: EndPlan(term="signal", escalates=True, rank_grace_s=1.0),
+    # The same with quarters of a second; after KILL even ranks in MPI live on.
+    Flavor.OPENMPI5: EndPlan(term="signal", escalates=True, rank_grace_s=0.25),
+    # TERM is handed on and then waited for, for ever; after KILL the proxies kill their ranks.
+    Flavor.MPICH: EndPlan(term="signal", escalates=False, leaves_orphans=False),
+    Flavor.INTEL: EndPlan(term="signal", escalates=False),
+    # TERM to srun is "forcing job termination": KILL to the ranks, which never see the TERM.
+    Flavor.SRUN: EndPlan(term="step", escalates=False, leaves_orphans=False),
+    Flavor.PALS: EndPlan(term="signal", escalates=False),
+    Flavor.APRUN: EndPlan(term="signal", escalates=False),
+    Flavor.JSRUN: EndPlan(term="signal", escalates=False),
+    Flavor.FLUX: EndPlan(term="signal", escalates=False),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MpiLauncher:
+    """An MPI launcher that was found, with the site's flags."""
+
+    flavor: Flavor
+    #: The words before the options: an absolute path, and `run` for Flux.
+    command: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def end_plan(self) -> EndPlan:
+        """How to end what was started with `argv`."""
+        return END_PLANS[self.flavor]
+
+    def argv(
+        self, claim: Claim, placement: Placement, env: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Return the command line that runs *claim* with its ranks on each node of *placement*.
+
+        Ranks are bound to cores only where the task has real nodes to itself and states its threads.
+        Virtual nodes are this machine: no host list, nothing bound, as many ranks as it takes.
+
+        Args:
+            claim: The task.
+            placement: Its nodes: all real or all virtual.
+            env: The variables to export to the ranks; the command must be started with them too.
+
+        Raises:
+            LaunchError: The task has an argument ":", which launchers read as the start of a further
+                program.
+        """
+        if ":" in claim.argv:
+            raise LaunchError(
+                f"task {claim.id} has the argument ':', where MPI launchers begin another program: "
+                "put the command into a script"
+            )
+        options = _OPTIONS[self.flavor](_Launch(claim, placement, env or {}))
+        return [*self.command, *options, *self.flags, *claim.mpi_flags, *claim.argv]
+
+
+def parse_version(text: str) -> Flavor | None:
+    """Tell a launcher from what it prints for `--version`; None when it is not known."""
+    for pattern, flavor in _VERSIONS:
+        if re.search(pattern, text):
+            return flavor
+    match = re.search(r"\((?:Open MPI|OpenRTE)\)\s+([0-9]+)\.", text)
+    if match is None:
+        return None
+    return Flavor.OPENMPI4 if int(match[1]) < 5 else Flavor.OPENMPI5
+
+
+_VERSIONS = (
+    (r"Intel\(R\) MPI Library", Flavor.INTEL),
+    (r"\bPALS\b", Flavor.PALS),
+    (r"HYDRA build details|(?i:mvapich)", Flavor.MPICH),
+    (r"IBM Spectrum MPI", Flavor.OPENMPI4),
+    (r"\(PRRTE\)", Flavor.OPENMPI5),
+    (r"(?m)^slurm(-wlm)? [0-9]", Flavor.SRUN),
+    (r"flux-core", Flavor.FLUX),
+    (r"\bALPS\b", Flavor.APRUN),
+    (r"\b(jsrun|JSM)\b", Flavor.JSRUN),
+)
+
+
+def failed_to_start(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
+    """Tell whether the launcher could not start the program, so that not one rank of it ran.
+
+    By the launchers' own words: their exit codes here (Hydra 255, Open MPI 1 and 66 to 213) may be a
+    program's as well.
+    """
+    if exit_code == 0:
+        return False
+    words = " ".join(output_tail.split())
+    return any(re.search(pattern, words) for pattern in _NOT_STARTED.get(flavor, ()))
+
+
+_HYDRA_NOT_STARTED = (
+    r"execvp error on file",
+    r"Launch proxy failed",
+    r"unable to set process topology",
+)
+_OPENMPI_NOT_STARTED = (
+    r"was unable to find the specified executable file",
+    r"could not access (or execute )?an executable",
+    r'tried to fork a new process via the "execve" system call but failed',
+    r"There are not enough slots available",
+    r"would result in binding more processes than cpus",
+    r"more processes than the ppr for this topology",
+    r"has detected an attempt to run as root",
+    r"ORTE was unable to reliably start one or more daemons",
+    r"A daemon failed to report back after being spawned",
+)
+#: Recorded from Open MPI and MPICH as above; the others are as their sources have them.
+_NOT_STARTED: Mapping[Flavor, tuple[str, ...]] = {
+    Flavor.OPENMPI4: _OPENMPI_NOT_STARTED,
+    Flavor.OPENMPI5: _OPENMPI_NOT_STARTED,
+    Flavor.MPICH: _HYDRA_NOT_STARTED,
+    Flavor.INTEL: _HYDRA_NOT_STARTED,
+    Flavor.SRUN: (
+        r"error: execve\(\):",
+        r"srun: error: Unable to create step for job",
+        r"srun: error: Unable to (allocate resources|confirm allocation)",
+    ),
+    Flavor.PALS: (r"execve?p? ?(error|failed)", r"launch failed"),
+    Flavor.APRUN: (r"aprun: file \S+ not found", r"aprun: .*[Ee]xec failed"),
+    Flavor.JSRUN: (r"Error initializing RM connection", r"[Ee]xec\w* .*failed"),
+    Flavor.FLUX: (r"start failed", r"flux-run: ERROR"),
+}
+
+
+# The environment
+
+#: What mpirun, mpiexec or srun adds for a rank. A child that finds it joins the rank's world or aborts.
+_INJECTED = re.compile(
+    r"OMPI_|PMIX_|PMI_|PRTE_|OPAL_|ORTE_|HYDRA_|HYDI_|MPIEXEC_|MPI_LOCAL|PALS_|ALPS_|PSM2_"
+    r"|MPIR_CVAR_CH3_INTERFACE_HOSTNAME$|I_MPI_PMI_LIBRARY$|I_MPI_HYDRA_|FLUX_(JOB|TASK|PMI|KVS)_"
+    r"|SLURM_(PROCID|LOCALID|NODEID|STEP(?!MGR).*|SRUN.*|TASK_PID|GTIDS|CPU_BIND.*|MPI_TYPE"
+    r"|LAUNCH_NODE_IPADDR|UMASK)$"
+)
+#: The same prefixes, but a module's or a user's settings, unless we are a rank ourselves.
+_TUNING = re.compile(
+    r"OMPI_MCA_|PMIX_MCA_|PRTE_MCA_|(OPAL|PMIX|PRTE)_PREFIX$|(OMPI|PRTE)_ALLOW_RUN_AS_ROOT"
+    r"|HYDRA_(BOOTSTRAP|IFACE|ENV|LAUNCHER|RMK|TOPOLIB)|I_MPI_HYDRA_|PSM2_"
+)
+_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE")
+#: All that a new srun needs to know; the rest of a batch job's SLURM_… are defaults for its options.
+_SRUN_KEEPS = frozenset(
+    "SLURM_JOB_ID SLURM_CONF SLURM_JOB_NODELIST SLURM_NODELIST SLURM_NNODES SLURM_JOB_NUM_NODES "
+    "SLURM_JOB_CPUS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CLUSTER_NAME SLURM_WORKING_CLUSTER "
+    "SLURM_STEPMGR".split()
+)
+
+
+def clean_environ(environ: Mapping[str, str], flavor: Flavor | None = None) -> dict[str, str]:
+    """Return *environ* without what an outer mpirun or srun put there, fit to start a task or a launcher.
+
+    Args:
+        environ: An environment, possibly a rank's.
+        flavor: The launcher to be started; of srun's, only the names are kept that it needs.
+    """
+    is_rank = any(name in environ for name in _RANK)
+
+    def stays(name: str) -> bool:
+        if flavor is Flavor.SRUN and name.startswith(("SLURM_", "SRUN_")):
+            return name in _SRUN_KEEPS
+        return not _INJECTED.match(name) or (not is_rank and _TUNING.match(name) is not None)
+
+    return {name: value for name, value in environ.items() if stays(name)}
+
+
+def environ_for(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
+    """Return what a launcher's command needs in its environment, besides the task's."""
+    match flavor:
+        case Flavor.OPENMPI4 if is_root:
+            return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        case Flavor.OPENMPI5 if is_root:
+            return environ_for(Flavor.OPENMPI4, is_root=True) | {
+                "PRTE_ALLOW_RUN_AS_ROOT": "1",
+                "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            }
+        case Flavor.INTEL:
+            # Otherwise a batch job's own layout wins over -ppn.
+            return {"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "off"}
+        case _:
+            return {}
+
+
+# Ending a Slurm step
+
+
+def step_name(task_id: int) -> str:
+    """Name the step of a task, to be found again with `parse_step`."""
+    return f"ens-{task_id}"
+
+
+def step_lookup_argv(job_id: str) -> list[str]:
+    """List a job's steps; the name comes last because it may contain the separator."""
+    return ["squeue", "-h", "-s", "-j", job_id, "-o", "%i|%j"]
+
+
+def parse_step(text: str, name: str) -> str | None:
+    """Return the number of the newest step called *name*; None while there is none."""
+    found = []
+    for line in text.splitlines():
+        step_id, _, step = line.strip().partition("|")
+        number = step_id.rpartition(".")[2]
+        if step == name and re.fullmatch(r"[0-9]+", number):
+            found.append(int(number))
+    return str(max(found)) if found else None
+
+
+def scancel_argv(job_id: str, step: str, signal: str | None = "TERM") -> list[str]:
+    """Send a signal to the ranks of a step; None cancels the step, which ends in KILL."""
+    return ["scancel", *([f"--signal={signal}"] if signal else []), f"{job_id}.{step}"]
+
+
+# Options for one launch
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """The numbers and words that every launcher wants, each in its own spelling."""
+
+    claim: Claim
+    placement: Placement
+    env: Mapping[str, str]
+
+    @property
+    def is_virtual(self) -> bool:
+        return any(node.is_virtual for node in self.placement.nodes)
+
+    @property
+    def nodes(self) -> int:
+        return len(self.placement.nodes)
+
+    @property
+    def per_node(self) -> int:
+        return self.claim.ranks_per_node
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def hosts(self) -> str:
+        return ",".join(self.placement.names)
+
+    @property
+    def room(self) -> int:
+        """Hardware threads of the smallest node."""
+        return min(node.cores for node in self.placement.nodes)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether there are more ranks, or more cores asked for, than a node has."""
+        return self.per_node * (self.cores or 1) > self.room
+
+    @property
+    def threads(self) -> int:
+        """Threads of a rank: as stated, else its share of the node."""
+        return self.claim.threads_per_rank or max(1, self.room // self.per_node)
+
+    @property
+    def cores(self) -> int | None:
+        """Whole cores of a rank; None when nothing is stated."""
+        if self.claim.threads_per_rank is None:
+            return None
+        return -(-self.claim.threads_per_rank // (self.claim.threads_per_core or 1))
+
+    def bind(self, usual: str) -> str:
+        """Return the task's own word for binding, else *usual* where cores are to be bound, else none."""
+        if self.is_virtual:
+            return "none"
+        if self.claim.cpu_affinity:
+            return self.claim.cpu_affinity
+        return "none" if self.cores is None or self.is_crowded else usual
+
+
+def _openmpi4(launch: _Launch) -> list[str]:
+    count = ["-np", str(launch.ranks)]
+    # A batch job often names fewer slots than a node has cores: the nodes are ours, so ignore them.
+    if launch.is_virtual:
+        return ["--oversubscribe", "--bind-to", "none", *count]
+    bind = launch.bind("core:overload-allowed")
+    cores = f":PE={launch.cores}" if bind.startswith("core") and launch.cores else ""
+    place = ["--map-by", f"ppr:{launch.per_node}:node{cores}", "--oversubscribe"]
+    return [*_openmpi_hosts(launch), *place, "--bind-to", bind, *_openmpi_exports(launch), *count]
+
+
+def _openmpi5(launch: _Launch) -> list[str]:
+    count = ["-np", str(launch.ranks)]
+    if launch.is_virtual:
+        return ["--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", *count]
+    bind = launch.bind("core:overload-allowed")
+    cores = f":PE={launch.cores}" if bind.startswith("core") and launch.cores else ""
+    place = ["--map-by", f"ppr:{launch.per_node}:node{cores}:OVERSUBSCRIBE"]
+    return [*_openmpi_hosts(launch), *place, "--bind-to", bind, *_openmpi_exports(launch), *count]
+
+
+def _openmpi_hosts(launch: _Launch) -> list[str]:
+    return ["--host", ",".join(f"{name}:{launch.per_node}" for name in launch.placement.names)]
+
+
+def _openmpi_exports(launch: _Launch) -> list[str]:
+    # Names only: the values come from mpirun's own environment, quotes and semicolons untouched.
+    return [word for name in launch.env for word in ("-x", name)]
+
+
+def _mpich(launch: _Launch) -> list[str]:
+    count = ["-n", str(launch.ranks)]
+    if launch.is_virtual:
+        # Otherwise Hydra starts its proxies with the scheduler that it finds in the environment.
+        return ["-launcher", "fork", "-rmk", "user", *count]
+    bind = launch.bind(f"core:{launch.cores}")
+    place = ["-hosts", launch.hosts, "-ppn", str(launch.per_node)]
+    return [*place, *(["-bind-to", bind] if bind != "none" else []), *count]
+
+
+def _intel(launch: _Launch) -> list[str]:
+    count = ["-n", str(launch.ranks)]
+    bind = launch.bind(str(launch.threads))
+    pin = ["I_MPI_PIN", "off"] if bind == "none" else ["I_MPI_PIN_DOMAIN", bind]
+    if launch.is_virtual:
+        return ["-launcher", "fork", "-genv", *pin, *count]
+    return ["-hosts", launch.hosts, "-ppn", str(launch.per_node), "-genv", *pin, *count]
+
+
+def _srun(launch: _Launch) -> list[str]:
+    # -N, -n and -w must agree, else srun adds or drops nodes; without --exact and --mem a step takes
+    # all of the job; without --input=none it reads the launcher's own input.
+    options = ["-n", str(launch.ranks), f"--cpu-bind={launch.bind('cores')}"]
+    if not launch.is_virtual:
+        options += ["-N", str(launch.nodes), f"--ntasks-per-node={launch.per_node}"]
+        options += ["-w", launch.hosts, "--exact", "--mem=0"]
+        options += ["--overcommit"] if launch.is_crowded else ["-c", str(launch.threads)]
+        if launch.claim.threads_per_core:
+            options.append(f"--threads-per-core={launch.claim.threads_per_core}")
+    if launch.claim.gpus_per_rank:
+        options.append(f"--gpus-per-node={launch.claim.gpus_per_rank * launch.per_node}")
+    return [*options, "--input=none", "--export=ALL", "-K1", "-J", step_name(launch.claim.id)]
+
+
+def _pals(launch: _Launch) -> list[str]:
+    options = ["-n", str(launch.ranks)]
+    if not launch.is_virtual:
+        options += ["--ppn", str(launch.per_node), "--hosts", launch.hosts]
+    bind = launch.bind("depth")
+    options += ["--depth", str(launch.threads)] if bind == "depth" else []
+    exports = [word for item in launch.env.items() for word in ("--env", "=".join(item))]
+    return [*options, "--cpu-bind", bind, *exports]
+
+
+def _aprun(launch: _Launch) -> list[str]:
+    options = ["-n", str(launch.ranks)]
+    if not launch.is_virtual:
+        # Node numbers: nid00012 is 12.
+        numbers = (re.sub(r"^nid0*(?=[0-9])", "", name) for name in launch.placement.names)
+        options += ["-N", str(launch.per_node), "-L", ",".join(numbers)]
+    if launch.cores is not None:
+        options += ["-d", str(launch.threads), "-j", str(launch.claim.threads_per_core or 1)]
+    exports = [word for item in launch.env.items() for word in ("-e", "=".join(item))]
+    return [*options, "-cc", launch.bind("depth"), *exports]
+
+
+def _jsrun(launch: _Launch) -> list[str]:
+    # A resource set for each rank; jsrun takes no host list and places by what is free.
+    cores = launch.cores or launch.threads
+    sets = ["-n", str(launch.ranks), "-a", "1", "-c", str(cores), "-r", str(launch.per_node)]
+    gpus = ["-g", str(launch.claim.gpus_per_rank)]
+    return [*sets, *gpus, "-b", launch.bind(f"packed:{cores}")]
+
+
+def _flux(launch: _Launch) -> list[str]:
+    options = ["-n", str(launch.ranks)]
+    if not launch.is_virtual:
+        options += ["-N", str(launch.nodes), "--exclusive", f"--requires=hosts:{launch.hosts}"]
+        options += ["-c", str(launch.cores)] if launch.cores and not launch.is_crowded else []
+    if launch.claim.gpus_per_rank:
+        options += ["-g", str(launch.claim.gpus_per_rank), "-o", "gpu-affinity=per-task"]
+    bind = launch.bind("per-task")
+    return [*options, "-o", f"cpu-affinity={'off' if bind == 'none' else bind}"]
+
+
+_OPTIONS: Mapping[Flavor, Callable[[_Launch], list[str]]] = {
+    Flavor.OPENMPI4: _openmpi4,
+    Flavor.OPENMPI5: _openmpi5,
+    Flavor.MPICH: _mpich,
+    Flavor.INTEL: _intel,
+    Flavor.SRUN: _srun,
+    Flavor.PALS: _pals,
+    Flavor.APRUN: _aprun,
+    Flavor.JSRUN: _jsrun,
+    Flavor.FLUX: _flux,
+}
+
+
+# Finding one
+
+_MPIEXEC = ("mpiexec", "mpirun", "mpiexec.hydra", "mpirun.openmpi")
+#: Launchers that are known by their name.
+_BY_NAME = {"srun": Flavor.SRUN, "aprun": Flavor.APRUN, "jsrun": Flavor.JSRUN, "flux": Flavor.FLUX}
+#: The scheduler's own launcher, where it comes before any mpiexec.
+_NATIVE = {"flux": "flux", "lsf": "jsrun", "cobalt": "aprun"}
+
+
+async def detect(
+    settings: MpiSettings, *, scheduler: str, environ: Mapping[str, str]
+) -> MpiLauncher:
+    """Find the MPI launcher to use: what the settings say, else the first that answers.
+
+    That is the launcher of Flux, jsrun or aprun within their schedulers; the mpiexec beside this Python
+    (the `mpich` wheel); mpiexec or mpirun on PATH; srun within Slurm.
+
+    Raises:
+        LaunchError: There is none, or it is not what the settings say; says what to install or to set.
+    """
+    wanted = None if settings.launcher == "auto" else Flavor(settings.launcher)
+    flags = tuple(settings.flags)
+    if settings.command is not None:
+        command = _resolve(settings.command, environ)
+        flavor = wanted or await _ask(command, environ)
+        if flavor is None:
+            raise LaunchError(
+                f"{settings.command!r} is no MPI launcher that is known here: "
+                "set launcher = … in [mpi] to the one whose options it takes"
+            )
+        return MpiLauncher(flavor=flavor, command=_complete(flavor, command), flags=flags)
+    unknown: str | None = None
+    for path in _candidates(wanted, scheduler, environ):
+        flavor = await _ask((path,), environ)
+        if flavor is not None and wanted in {None, flavor}:
+            return MpiLauncher(flavor=flavor, command=_complete(flavor, (path,)), flags=flags)
+        unknown = unknown or (path if flavor is None else None)
+    if wanted is not None and unknown is not None:
+        return MpiLauncher(flavor=wanted, command=_complete(wanted, (unknown,)), flags=flags)
+    raise LaunchError(
+        f"no {wanted or 'MPI'} launcher found beside {sys.executable} or on PATH: "
+        "pip install 'ensemble-hpc[mpi]', load an MPI module, or set command = … in [mpi]"
+    )
+
+
+def _candidates(wanted: Flavor | None, scheduler: str, environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield the paths of possible launchers, the preferred ones first."""
+    on_path = environ.get("PATH", os.defpath)
+    beside = str(Path(sys.executable).parent)
+    places: list[tuple[str, str]]
+    if wanted is not None and wanted.value in _BY_NAME:
+        places = [(wanted.value, on_path)]
+    else:
+        places = [(name, where) for where in (beside, on_path) for name in _MPIEXEC]
+    if wanted is None:
+        native = _NATIVE.get(scheduler)
+        places = [*([(native, on_path)] if native else []), *places]
+        places += [("srun", on_path)] if scheduler == "slurm" else []
+    found = (shutil.which(name, path=where) for name, where in places)
+    yield from dict.fromkeys(path for path in found if path is not None)
+
+
+async def _ask(command: tuple[str, ...], environ: Mapping[str, str]) -> Flavor | None:
+    """Tell a launcher by its name, its place or its answer to --version; None when that is no help."""
+    name = Path(command[0]).name
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    if "/pals/" in os.path.realpath(command[0]):
+        return Flavor.PALS
+    env = clean_environ(environ) | {"LC_ALL": "C"}
+    env |= environ_for(Flavor.OPENMPI5, is_root=os.geteuid() == 0)
+    try:
+        done = await process.run([*command, "--version"], env=env, timeout_s=VERSION_TIMEOUT_S)
+    except LaunchError:
+        return None
+    return parse_version(done.stdout + "\n" + done.stderr) if done.code == 0 else None
+
+
+def _resolve(command: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Split the setting into words, the first one made absolute: tasks may have another PATH."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise LaunchError(f"command = {command!r} in [mpi] is malformed: {error}") from error
+    path = shutil.which(words[0], path=environ.get("PATH", os.defpath)) if words else None
+    if path is None:
+        raise LaunchError(f"command = {command!r} in [mpi] is not an executable, nor one on PATH")
+    return (os.path.abspath(path), *words[1:])
+
+
+def _complete(flavor: Flavor, command: tuple[str, ...]) -> tuple[str, ...]:
+    is_bare_flux = flavor is Flavor.FLUX and command[1:] == ()
+    return (*command, "run") if is_bare_flux else command

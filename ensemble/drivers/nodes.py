@@ -1,0 +1,440 @@
+"""Which nodes this launcher has, and until when: from a scheduler's environment, else this machine.
+
+Each scheduler's part is pure (environment and texts in); commands and files are touched in the last
+section only. Sources: the manual pages of sbatch and squeue (22.05), pbs_environment(7) and qstat(1B)
+of OpenPBS 23.06, qsub of Cobalt, IBM's reference of LSF, submit(1) of Grid Engine, flux-job(1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import calendar
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ensemble.core.model import Node
+from ensemble.drivers import hostlist, process
+from ensemble.errors import AllocationError, LaunchError
+
+#: Seconds that a scheduler's command may take: squeue needs nine to find that its controller is down.
+ANSWER_TIMEOUT_S = 15.0
+
+
+_JOB_ID = {"slurm": "SLURM_JOB_ID", "cobalt": "COBALT_JOBID", "pbs": "PBS_JOBID"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """The nodes that a launcher may use, and until when."""
+
+    #: `slurm`, `pbs`, `cobalt`, `lsf`, `sge`, `flux` or `local`.
+    scheduler: str
+    job_id: str | None
+    nodes: tuple[Node, ...]
+    #: Epoch seconds on the wall clock; None when it does not end, or nobody can tell.
+    ends_at: float | None
+    #: How often the scheduler has started this job again under the same id.
+    restart_count: int = 0
+    #: Whether the launcher itself runs on one of the nodes.
+    head_is_compute: bool = True
+
+
+async def find_allocation(
+    environ: Mapping[str, str], *, virtual_nodes: int | None, now: float
+) -> Allocation:
+    """Return what the environment says this process was given.
+
+    Args:
+        environ: This process's environment.
+        virtual_nodes: On a plain machine, into how many nodes to divide it (one when None); in a
+            batch job, how many of its nodes to use (all when None).
+        now: Epoch seconds, for schedulers that tell the time left and not the end.
+
+    Raises:
+        AllocationError: The scheduler's node list is missing, empty or malformed, or has fewer nodes
+            than asked for.
+    """
+    if virtual_nodes is not None and virtual_nodes < 1:
+        raise AllocationError(f"cannot run on {virtual_nodes} nodes: give --nodes 1 or more")
+    scheduler = find_scheduler(environ)
+    if scheduler == "local":
+        return _local_allocation(environ, virtual_nodes or 1)
+    job_id = find_job_id(scheduler, environ)
+    hosts = await _find_hosts(scheduler, environ, job_id)
+    if virtual_nodes is not None and virtual_nodes > len(hosts):
+        raise AllocationError(
+            f"--nodes {virtual_nodes}, but {scheduler} job {job_id} has {len(hosts)}: "
+            "give fewer, or leave the option out to use them all"
+        )
+    here = node_name(environ)
+    return Allocation(
+        scheduler=scheduler,
+        job_id=job_id,
+        nodes=_to_nodes(hosts, environ, scheduler)[:virtual_nodes],
+        ends_at=await _find_end(scheduler, environ, job_id, now),
+        restart_count=find_restart_count(scheduler, environ),
+        head_is_compute=any(_short(host) == _short(here) for host in hosts),
+    )
+
+
+def node_name(environ: Mapping[str, str]) -> str:
+    """Return what the scheduler calls this host: SLURMD_NODENAME, else the first label of its name."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+
+
+# The environment
+
+
+def find_scheduler(environ: Mapping[str, str]) -> str:
+    """Name the scheduler whose job this process is part of; `local` when there is none.
+
+    The innermost comes first: a Flux instance is often started inside a Slurm job. FLUX_URI alone is
+    no sign of a job, and neither is JOB_ID, which many programs use.
+    """
+    signs: tuple[tuple[str, bool], ...] = (
+        ("flux", bool(environ.get("FLUX_ENCLOSING_ID") or environ.get("FLUX_JOB_ID"))),
+        ("slurm", bool(environ.get("SLURM_JOB_ID"))),
+        ("cobalt", bool(environ.get("COBALT_JOBID"))),
+        ("pbs", bool(environ.get("PBS_JOBID"))),
+        ("lsf", bool(environ.get("LSB_JOBID"))),
+        ("sge", bool(environ.get("JOB_ID") and environ.get("SGE_TASK_ID"))),
+    )
+    return next((name for name, is_seen in signs if is_seen), "local")
+
+
+def find_job_id(scheduler: str, environ: Mapping[str, str]) -> str:
+    """Return the job's id as the scheduler's own commands take it."""
+    match scheduler:
+        case "flux":
+            return environ.get("FLUX_ENCLOSING_ID") or environ["FLUX_JOB_ID"]
+        case "lsf":
+            index = environ.get("LSB_JOBINDEX") or "0"
+            return environ["LSB_JOBID"] + (f"[{index}]" if index != "0" else "")
+        case "sge":
+            # Grid Engine says "undefined" where the job is no array.
+            task = environ["SGE_TASK_ID"]
+            return environ["JOB_ID"] + (f".{task}" if task != "undefined" else "")
+        case _:
+            return environ[_JOB_ID[scheduler]]
+
+
+def find_restart_count(scheduler: str, environ: Mapping[str, str]) -> int:
+    """Return how often the job was started before; 0 where the scheduler does not tell."""
+    name = {"slurm": "SLURM_RESTART_COUNT", "sge": "RESTARTED"}.get(scheduler, "")
+    text = environ.get(name, "")
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """Return how many GPUs of a node the scheduler has given, 0 when nothing says so."""
+    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
+    if re.fullmatch(r"[0-9]{1,4}", on_node):
+        return int(on_node)
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        text = environ.get(name, "").strip()
+        if text:
+            return _count_devices(text)
+    return 0
+
+
+def _count_devices(text: str) -> int:
+    """Count indices or UUIDs; CUDA ignores what follows -1, and old Slurm writes NoDevFiles for none."""
+    count = 0
+    for item in text.split(","):
+        if item.strip() in {"", "-1", "NoDevFiles", "none", "void"}:
+            break
+        count += 1
+    return count
+
+
+def _local_allocation(environ: Mapping[str, str], number: int) -> Allocation:
+    name = node_name(environ)
+    gpus = count_gpus(environ)
+    cores, more = divmod(_usable_cores(), number)
+    return Allocation(
+        scheduler="local",
+        job_id=None,
+        nodes=tuple(
+            Node(
+                name=f"{name}:{index}",
+                cores=max(1, cores + (index < more)),
+                gpus=gpus // number,
+                is_virtual=True,
+            )
+            for index in range(number)
+        ),
+        ends_at=None,
+    )
+
+
+def _to_nodes(hosts: list[str], environ: Mapping[str, str], scheduler: str) -> tuple[Node, ...]:
+    gpus = count_gpus(environ)
+    node = Node(name="", cores=_usable_cores(), gpus=gpus)
+    cores = _slurm_cores(environ, len(hosts)) if scheduler == "slurm" else None
+    return tuple(
+        replace(node, name=host, cores=cores[place] if cores else node.cores)
+        for place, host in enumerate(hosts)
+    )
+
+
+def _slurm_cores(environ: Mapping[str, str], number: int) -> list[int] | None:
+    """Return each node's hardware threads; None when Slurm does not tell."""
+    found = hostlist.counts(environ.get("SLURM_JOB_CPUS_PER_NODE") or "0")
+    if len(found) == number and min(found) > 0:
+        return found
+    here = environ.get("SLURM_CPUS_ON_NODE", "")
+    return [int(here)] * number if re.fullmatch(r"[1-9][0-9]{0,5}", here) else None
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _short(name: str) -> str:
+    return name.partition(".")[0].lower()
+
+
+# Node lists: text in, hosts out
+
+
+def parse_node_file(text: str) -> list[str]:
+    """Return the hosts of a PBS_NODEFILE or COBALT_NODEFILE: in order, once each.
+
+    PBS writes a line for each MPI process; Cobalt separates by newlines or by commas.
+    """
+    return _once(re.split(r"[\s,]+", text))
+
+
+def parse_partition(text: str) -> list[str]:
+    """Return the hosts of COBALT_PARTNAME: `1001-1005,1030` are nid01001 to nid01005 and nid01030."""
+    return _once(f"nid{int(number):05d}" for number in hostlist.expand(f"[{text.strip()}]"))
+
+
+def parse_slots(slots: Iterable[tuple[str, int]]) -> list[str]:
+    """Return the hosts of an LSF job without its launch node, which runs no tasks.
+
+    That is what is called batch… or login…, and a first host with one slot where others have more
+    (the launch node of CORAL systems); a host that would be the only one is kept.
+    """
+    counted: dict[str, int] = {}
+    for host, count in slots:
+        counted[host] = counted.get(host, 0) + count
+    hosts = list(counted)
+    if len(hosts) > 1 and counted[hosts[0]] == 1 and max(counted.values()) > 1:
+        del hosts[0]
+    return [host for host in hosts if not host.startswith(("batch", "login"))] or hosts
+
+
+def parse_host_counts(text: str) -> list[tuple[str, int]]:
+    """Return the pairs of LSB_MCPU_HOSTS, `hostA 4 hostB 8`."""
+    words = text.split()
+    if len(words) % 2 or not all(re.fullmatch(r"[0-9]{1,9}", count) for count in words[1::2]):
+        raise AllocationError(f"LSB_MCPU_HOSTS is not a list of hosts and counts: {text[:80]!r}")
+    return [(host, int(count)) for host, count in zip(words[::2], words[1::2], strict=True)]
+
+
+def parse_pe_host_file(text: str) -> list[str]:
+    """Return the hosts of Grid Engine's PE_HOSTFILE: the first column of each line."""
+    return _once(line.split()[0] for line in text.splitlines() if line.strip())
+
+
+def _once(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name))
+
+
+# The end of the allocation: argv out, text in
+
+
+def squeue_argv(job_id: str) -> list[str]:
+    """Ask Slurm for a job's end and time left; with SLURM_TIME_FORMAT=%s the end is in epoch seconds."""
+    return ["squeue", "-h", "-j", job_id, "-o", "%e|%L"]
+
+
+def parse_squeue(text: str, now: float) -> float | None:
+    """Return the end: the first column, else now and the second one."""
+    end, _, left = text.strip().partition("\n")[0].partition("|")
+    if re.fullmatch(r"[0-9]{9,10}", end):
+        return _finite(float(end))
+    seconds = parse_duration(left)
+    return None if seconds is None else now + seconds
+
+
+def qstat_argv(job_id: str) -> list[str]:
+    """Ask PBS about one job; with TZ=UTC in its environment it prints times in UTC."""
+    return ["qstat", "-f", "-F", "json", job_id]
+
+
+def parse_qstat(text: str) -> float | None:
+    """Return the job's start and walltime, added up.
+
+    By patterns, because some versions print JSON that is not valid (values of Variable_List).
+    """
+    start = re.search(r'"stime"\s*:\s*"\w{3} (\w{3} +\d+ [0-9:]{8} \d{4})"', text)
+    limit = re.search(r'"Resource_List"\s*:\s*\{[^}]*"walltime"\s*:\s*"([0-9:]+)"', text)
+    seconds = parse_duration(limit[1]) if limit else None
+    if start is None or seconds is None:
+        return None
+    try:
+        return calendar.timegm(time.strptime(start[1], "%b %d %H:%M:%S %Y")) + float(seconds)
+    except ValueError:
+        return None
+
+
+def bjobs_argv(job_id: str) -> list[str]:
+    """Ask LSF for the time that a job has left."""
+    return ["bjobs", "-noheader", "-o", "time_left", job_id]
+
+
+def parse_bjobs(text: str, now: float) -> float | None:
+    """Return the end: `0:59 L` is in hours and minutes, `120 second(s)` as it says, `-` no limit."""
+    if match := re.match(r"\s*([0-9]+):([0-9]{2})\b", text):
+        return now + int(match[1]) * 3600 + int(match[2]) * 60
+    match = re.match(r"\s*([0-9]+) second", text)
+    return now + int(match[1]) if match else None
+
+
+def timeleft_argv() -> list[str]:
+    """Ask Flux for the seconds that the enclosing job has left."""
+    return ["flux", "job", "timeleft"]
+
+
+def parse_timeleft(text: str, now: float) -> float | None:
+    """Return the end; Flux prints the largest unsigned integer where there is no limit."""
+    match = re.fullmatch(r"\s*([0-9]{1,10})(?:\.[0-9]*)?\s*", text)
+    return now + int(match[1]) if match and int(match[1]) < 2**32 - 1 else None
+
+
+def parse_duration(text: str) -> int | None:
+    """Return the seconds of `[D-]H:M:S`, `M:S`, `D-H`, `D-H:M` or a number of seconds; else None."""
+    match = re.fullmatch(r"(?:([0-9]{1,6})-)?([0-9]{1,9}(?::[0-9]{1,3}){0,2})", text.strip())
+    if match is None:
+        return None
+    parts = [int(part) for part in match[2].split(":")]
+    # After days the first number is hours; without them the last one is seconds.
+    padded = [*parts, 0, 0][:3] if match[1] else [0, 0, *parts][-3:]
+    hours, minutes, seconds = padded
+    return int(match[1] or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
+
+
+def _finite(end: float) -> float | None:
+    """Return None for what Slurm writes for ever: the largest 32-bit integers."""
+    return end if 0 < end < 2**32 - 16 else None
+
+
+# Files and commands
+
+
+async def _find_hosts(scheduler: str, environ: Mapping[str, str], job_id: str) -> list[str]:
+    hosts = await _hosts_of(scheduler, environ, job_id)
+    if not hosts:
+        raise AllocationError(f"{scheduler} job {job_id} has an empty list of nodes")
+    return hosts
+
+
+async def _hosts_of(scheduler: str, environ: Mapping[str, str], job_id: str) -> list[str]:
+    match scheduler:
+        case "flux":
+            return _once(hostlist.expand(await _flux_hosts(environ, job_id)))
+        case "slurm":
+            return _once(
+                hostlist.expand(_required(environ, "SLURM_JOB_NODELIST", "SLURM_NODELIST"))
+            )
+        case "cobalt":
+            return await _cobalt_hosts(environ)
+        case "pbs":
+            return parse_node_file(await _read("PBS_NODEFILE", environ))
+        case "lsf":
+            return await _lsf_hosts(environ)
+        case _:
+            return await _sge_hosts(environ)
+
+
+async def _cobalt_hosts(environ: Mapping[str, str]) -> list[str]:
+    if environ.get("COBALT_NODEFILE"):
+        return parse_node_file(await _read("COBALT_NODEFILE", environ))
+    return parse_partition(_required(environ, "COBALT_PARTNAME"))
+
+
+async def _lsf_hosts(environ: Mapping[str, str]) -> list[str]:
+    if environ.get("LSB_DJOB_HOSTFILE"):
+        text = await _read("LSB_DJOB_HOSTFILE", environ)
+        return parse_slots((host, 1) for host in text.split())
+    if environ.get("LSB_MCPU_HOSTS"):
+        return parse_slots(parse_host_counts(environ["LSB_MCPU_HOSTS"]))
+    return parse_slots((host, 1) for host in _required(environ, "LSB_HOSTS").split())
+
+
+async def _sge_hosts(environ: Mapping[str, str]) -> list[str]:
+    # A job without a parallel environment has no file: it is on this host.
+    if not environ.get("PE_HOSTFILE"):
+        return [node_name(environ)]
+    return parse_pe_host_file(await _read("PE_HOSTFILE", environ))
+
+
+async def _flux_hosts(environ: Mapping[str, str], job_id: str) -> str:
+    """Return the hosts of the instance, or those of this job where it is no instance of its own."""
+    is_instance = bool(environ.get("FLUX_ENCLOSING_ID"))
+    jobs = ["flux", "jobs", "-n", "-o", "{nodelist}", job_id]
+    text = await _ask(["flux", "getattr", "hostlist"] if is_instance else jobs, environ)
+    if text is None:
+        raise AllocationError(f"flux job {job_id}: the flux command does not tell its nodes")
+    return text
+
+
+async def _find_end(
+    scheduler: str, environ: Mapping[str, str], job_id: str, now: float
+) -> float | None:
+    known = {"slurm": "SLURM_JOB_END_TIME", "cobalt": "COBALT_ENDTIME"}.get(scheduler, "")
+    text = environ.get(known, "")
+    if re.fullmatch(r"[0-9]{9,10}(\.[0-9]*)?", text):
+        return _finite(float(text))
+    asked: tuple[list[str], Callable[[str], float | None]]
+    match scheduler:
+        case "slurm":
+            asked = squeue_argv(job_id), lambda text: parse_squeue(text, now)
+        case "pbs":
+            asked = qstat_argv(job_id), parse_qstat
+        case "lsf":
+            asked = bjobs_argv(job_id), lambda text: parse_bjobs(text, now)
+        case "flux":
+            asked = timeleft_argv(), lambda text: parse_timeleft(text, now)
+        case _:
+            return None
+    argv, parse = asked
+    answer = await _ask(argv, environ)
+    return None if answer is None else parse(answer)
+
+
+async def _ask(argv: list[str], environ: Mapping[str, str]) -> str | None:
+    """Return what a scheduler's command prints; None when it fails, is missing or is too slow."""
+    # A user's SQUEUE_… would filter and format.
+    env = {name: value for name, value in environ.items() if not name.startswith("SQUEUE_")}
+    env |= {"LC_ALL": "C", "TZ": "UTC", "SLURM_TIME_FORMAT": "%s"}
+    try:
+        done = await process.run(argv, env=env, timeout_s=ANSWER_TIMEOUT_S)
+    except LaunchError:
+        return None
+    return done.stdout if done.code == 0 else None
+
+
+async def _read(name: str, environ: Mapping[str, str]) -> str:
+    path = Path(_required(environ, name))
+    try:
+        text = await asyncio.to_thread(path.read_text, "utf-8", "replace")
+    except OSError as error:
+        raise AllocationError(f"cannot read ${name} ({path}): {error.strerror or error}") from error
+    if not text.strip():
+        raise AllocationError(f"${name} ({path}) is empty: the scheduler gave this job no nodes")
+    return text
+
+
+def _required(environ: Mapping[str, str], *names: str) -> str:
+    for name in names:
+        if environ.get(name, "").strip():
+            return environ[name]
+    raise AllocationError(f"${names[0]} is not set: this job's nodes cannot be told")

@@ -1,0 +1,158 @@
+"""A site: the directory that holds everything of one user's work, and the way to its database."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ensemble import config
+from ensemble.config import SITE_FILE, Settings, StoreSettings
+from ensemble.core.database import Address
+from ensemble.core.migrations import migrate
+from ensemble.drivers.postgres import Cluster
+from ensemble.errors import ConfigError
+
+FOLDERS = ("templates", "qsubmit", "data", "log")
+OWNER = "ensemble_owner"
+USER = "ensemble_user"
+TASK = "ensemble_task"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A site's directory and its settings."""
+
+    path: Path
+    settings: Settings
+
+    @classmethod
+    def find(cls, named: str | None = None, *, environ: Mapping[str, str] | None = None) -> Site:
+        """Find a site as the command line does: *named*, $ENSEMBLE_SITE, or a parent directory.
+
+        Raises:
+            NotFoundError: There is none.
+            ConfigError: Its settings are wrong.
+        """
+        env = os.environ if environ is None else environ
+        path = config.find_site(Path.cwd(), named=named, environ=env)
+        return cls(path=path, settings=config.load(path, environ=env))
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """The site's own PostgreSQL; None when the database is an external one."""
+        if self.settings.store.dsn is not None:
+            return None
+        return Cluster(self.path, self.settings.store)
+
+    def address(self, role: str = USER) -> Address:
+        """Return where the database is, for one of the roles; an external one has only its own."""
+        store = self.settings.store
+        if store.dsn is not None:
+            return _external(store)
+        link = Cluster(self.path, store).connection(role)
+        return Address(
+            host=link.hosts[0],
+            port=link.port,
+            user=link.user,
+            password=link.password,
+            database=link.database,
+            ca_file=None if link.ca_file is None else str(link.ca_file),
+            connect_timeout_s=store.connect_timeout_s,
+            command_timeout_s=store.command_timeout_s,
+            hint=f"start it: ensemble --site {self.path} db start",
+        )
+
+
+def _external(store: StoreSettings) -> Address:
+    return Address(
+        dsn=store.dsn,
+        connect_timeout_s=store.connect_timeout_s,
+        command_timeout_s=store.command_timeout_s,
+        hint="check [store] dsn in ensemble.toml, and that the server runs",
+    )
+
+
+async def create(path: Path, *, dsn: str | None = None, listen: tuple[str, ...] = ()) -> bool:
+    """Make a site in *path*, with a database of its own or in the external one at *dsn*.
+
+    May be repeated: a site that is there is left as it is, and one that was interrupted is
+    finished. Of several at the same moment one makes it and the others find it made.
+
+    Returns:
+        Whether it was made now.
+
+    Raises:
+        ConfigError: *dsn* holds a password, or *path* cannot be a directory.
+        ClusterError: The database could not be made or started.
+    """
+    if dsn is not None:
+        _check_dsn(dsn)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"cannot make a site in {path}: {error.strerror}") from error
+    try:
+        _lock(folder)
+        if (path / SITE_FILE).exists():
+            return False
+        for name in FOLDERS:
+            (path / name).mkdir(exist_ok=True)
+        settings = StoreSettings(dsn=dsn, listen=list(listen))
+        await _prepare_database(path, settings)
+        _write_settings(path, settings)
+        return True
+    finally:
+        os.close(folder)
+
+
+async def _prepare_database(path: Path, store: StoreSettings) -> None:
+    if store.dsn is not None:
+        await migrate(_external(store))
+        return
+    cluster = Cluster(path, store)
+    if not cluster.exists:
+        await cluster.create()
+    await cluster.start()
+    await migrate(Site(path=path, settings=Settings(store=store)).address(OWNER))
+
+
+def _check_dsn(dsn: str) -> None:
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        raise ConfigError(f"--dsn {dsn}: expected postgresql://USER@HOST:PORT/DATABASE")
+    authority = dsn.split("//", 1)[1].split("/", 1)[0]
+    if ":" in authority.rpartition("@")[0] or "password=" in dsn:
+        raise ConfigError(
+            "--dsn holds a password, which would be readable in the settings: "
+            "put it into ~/.pgpass (mode 0600) and leave it out here"
+        )
+
+
+def _lock(folder: int) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    except OSError:
+        return  # some network file systems have no locks; the database's own creation is atomic
+
+
+def _write_settings(path: Path, store: StoreSettings) -> None:
+    lines = [
+        "# Settings of this site; every key, its default and its unit: docs/config.md.",
+        f"name = {_quote(path.name)}",
+        "",
+        "[store]",
+    ]
+    lines.append(f"dsn = {_quote(store.dsn)}" if store.dsn else "# dsn = 'postgresql://…'")
+    if store.listen:
+        lines.append(f"listen = [{', '.join(map(_quote, store.listen))}]")
+    temporary = path / f".{SITE_FILE}.{os.getpid()}"
+    temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    temporary.rename(path / SITE_FILE)
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
