@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +11,17 @@ from ensemble import config
 from ensemble.config import SITE_FILE, Settings, StoreSettings
 from ensemble.core.database import Address
 from ensemble.core.migrations import migrate
+from ensemble.drivers import pgowner
+from ensemble.drivers.pgfiles import Role
 from ensemble.drivers.postgres import Cluster
 from ensemble.errors import ConfigError
 
 FOLDERS = ("templates", "qsubmit", "data", "log")
-OWNER = "ensemble_owner"
-USER = "ensemble_user"
-TASK = "ensemble_task"
+OWNER = Role.OWNER
+USER = Role.USER
+TASK = Role.TASK
+#: How long to wait for another `init` of the same site.
+_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class Site:
             return None
         return Cluster(self.path, self.settings.store)
 
-    def address(self, role: str = USER) -> Address:
+    def address(self, role: Role = USER) -> Address:
         """Return where the database is, for one of the roles; an external one has only its own."""
         store = self.settings.store
         if store.dsn is not None:
@@ -75,7 +78,13 @@ def _external(store: StoreSettings) -> Address:
     )
 
 
-async def create(path: Path, *, dsn: str | None = None, listen: tuple[str, ...] = ()) -> bool:
+async def create(
+    path: Path,
+    *,
+    dsn: str | None = None,
+    listen: tuple[str, ...] = (),
+    bin_dir: str | None = None,
+) -> bool:
     """Make a site in *path*, with a database of its own or in the external one at *dsn*.
 
     May be repeated: a site that is there is left as it is, and one that was interrupted is
@@ -91,22 +100,18 @@ async def create(path: Path, *, dsn: str | None = None, listen: tuple[str, ...] 
     if dsn is not None:
         _check_dsn(dsn)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        for name in FOLDERS:
+            (path / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make a site in {path}: {error.strerror}") from error
-    try:
-        _lock(folder)
+    # Not the site itself: the database's creation locks that.
+    async with pgowner.locked(path / "log", timeout_s=_PATIENCE_S):
         if (path / SITE_FILE).exists():
             return False
-        for name in FOLDERS:
-            (path / name).mkdir(exist_ok=True)
-        settings = StoreSettings(dsn=dsn, listen=list(listen))
+        settings = StoreSettings(dsn=dsn, listen=list(listen), bin_dir=bin_dir)
         await _prepare_database(path, settings)
         _write_settings(path, settings)
         return True
-    finally:
-        os.close(folder)
 
 
 async def _prepare_database(path: Path, store: StoreSettings) -> None:
@@ -131,13 +136,6 @@ def _check_dsn(dsn: str) -> None:
         )
 
 
-def _lock(folder: int) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-    except OSError:
-        return  # some network file systems have no locks; the database's own creation is atomic
-
-
 def _write_settings(path: Path, store: StoreSettings) -> None:
     lines = [
         "# Settings of this site; every key, its default and its unit: docs/config.md.",
@@ -146,6 +144,8 @@ def _write_settings(path: Path, store: StoreSettings) -> None:
         "[store]",
     ]
     lines.append(f"dsn = {_quote(store.dsn)}" if store.dsn else "# dsn = 'postgresql://…'")
+    if store.bin_dir:
+        lines.append(f"bin_dir = {_quote(store.bin_dir)}")
     if store.listen:
         lines.append(f"listen = [{', '.join(map(_quote, store.listen))}]")
     temporary = path / f".{SITE_FILE}.{os.getpid()}"

@@ -63,14 +63,14 @@ class Lease:
         self.id = lease_id
         self.launcher_id = launcher_id
 
-    async def renew(self, *, is_idle: bool) -> None:
+    async def renew(self) -> None:
         """Say that the launcher lives.
 
         Raises:
             LeaseLostError: A reaper closed the lease.
         """
         async with wrapped():
-            found = await self._pool.fetchrow(queries()["renew_lease"], self.id, is_idle)
+            found = await self._pool.fetchrow(queries()["renew_lease"], self.id)
         if found is None:
             raise LeaseLostError(f"lease {self.id} was closed by a reaper")
 

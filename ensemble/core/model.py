@@ -294,7 +294,8 @@ class End:
     id: int
     attempt: int
     outcome: Outcome
-    at: datetime
+    #: The store's own clock when None.
+    at: datetime | None = None
     #: Set when start and end are reported together.
     started_at: datetime | None = None
     nodes: tuple[str, ...] = ()

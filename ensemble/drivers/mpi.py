@@ -173,7 +173,8 @@ _OPENMPI_NOT_STARTED = (
     r"ORTE was unable to reliably start one or more daemons",
     r"A daemon failed to report back after being spawned",
 )
-#: Recorded from Open MPI and MPICH as above; the others are as their sources have them.
+#: Recorded from Open MPI and MPICH as above; Slurm's and Flux's from their users' reports. The words of
+#: PALS, aprun and jsrun are not known: their failed starts look like failed programs.
 _NOT_STARTED: Mapping[Flavor, tuple[str, ...]] = {
     Flavor.OPENMPI4: _OPENMPI_NOT_STARTED,
     Flavor.OPENMPI5: _OPENMPI_NOT_STARTED,
@@ -184,10 +185,7 @@ _NOT_STARTED: Mapping[Flavor, tuple[str, ...]] = {
         r"srun: error: Unable to create step for job",
         r"srun: error: Unable to (allocate resources|confirm allocation)",
     ),
-    Flavor.PALS: (r"execve?p? ?(error|failed)", r"launch failed"),
-    Flavor.APRUN: (r"aprun: file \S+ not found", r"aprun: .*[Ee]xec failed"),
-    Flavor.JSRUN: (r"Error initializing RM connection", r"[Ee]xec\w* .*failed"),
-    Flavor.FLUX: (r"start failed", r"flux-run: ERROR"),
+    Flavor.FLUX: (r"task [0-9]+( \(host \S+\))?: start failed:", r"job\.exception \S+ type=exec"),
 }
 
 
@@ -203,14 +201,13 @@ _INJECTED = re.compile(
 #: The same prefixes, but a module's or a user's settings, unless we are a rank ourselves.
 _TUNING = re.compile(
     r"OMPI_MCA_|PMIX_MCA_|PRTE_MCA_|(OPAL|PMIX|PRTE)_PREFIX$|(OMPI|PRTE)_ALLOW_RUN_AS_ROOT"
-    r"|HYDRA_(BOOTSTRAP|IFACE|ENV|LAUNCHER|RMK|TOPOLIB)|I_MPI_HYDRA_|PSM2_"
+    r"|PMI_NO_FORK$|HYDRA_(BOOTSTRAP|IFACE|ENV|LAUNCHER|RMK|TOPOLIB)|I_MPI_HYDRA_|PSM2_"
 )
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE")
 #: All that a new srun needs to know; the rest of a batch job's SLURM_… are defaults for its options.
-_SRUN_KEEPS = frozenset(
-    "SLURM_JOB_ID SLURM_CONF SLURM_JOB_NODELIST SLURM_NODELIST SLURM_NNODES SLURM_JOB_NUM_NODES "
-    "SLURM_JOB_CPUS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CLUSTER_NAME SLURM_WORKING_CLUSTER "
-    "SLURM_STEPMGR".split()
+_SRUN_KEEPS = re.compile(
+    r"SLURM_(JOB_ID|CONF|JOB_NODELIST|NODELIST|NNODES|JOB_NUM_NODES|JOB_CPUS_PER_NODE"
+    r"|TASKS_PER_NODE|CLUSTER_NAME|WORKING_CLUSTER|STEPMGR)$"
 )
 
 
@@ -225,7 +222,7 @@ def clean_environ(environ: Mapping[str, str], flavor: Flavor | None = None) -> d
 
     def stays(name: str) -> bool:
         if flavor is Flavor.SRUN and name.startswith(("SLURM_", "SRUN_")):
-            return name in _SRUN_KEEPS
+            return _SRUN_KEEPS.match(name) is not None
         return not _INJECTED.match(name) or (not is_rank and _TUNING.match(name) is not None)
 
     return {name: value for name, value in environ.items() if stays(name)}
@@ -315,8 +312,8 @@ class _Launch:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether there are more ranks, or more cores asked for, than a node has."""
-        return self.per_node * (self.cores or 1) > self.room
+        """Whether there are more ranks or threads than a node has hardware threads."""
+        return self.per_node * (self.claim.threads_per_rank or 1) > self.room
 
     @property
     def threads(self) -> int:
@@ -325,7 +322,11 @@ class _Launch:
 
     @property
     def cores(self) -> int | None:
-        """Whole cores of a rank; None when nothing is stated."""
+        """Whole cores of a rank; None when nothing is stated.
+
+        Open MPI and Hydra count cores, and refuse more than there are: on nodes that share cores
+        between hardware threads, a task that uses all of these has to state threads_per_core.
+        """
         if self.claim.threads_per_rank is None:
             return None
         return -(-self.claim.threads_per_rank // (self.claim.threads_per_core or 1))
@@ -521,11 +522,8 @@ def _candidates(wanted: Flavor | None, scheduler: str, environ: Mapping[str, str
 
 async def _ask(command: tuple[str, ...], environ: Mapping[str, str]) -> Flavor | None:
     """Tell a launcher by its name, its place or its answer to --version; None when that is no help."""
-    name = Path(command[0]).name
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    if "/pals/" in os.path.realpath(command[0]):
-        return Flavor.PALS
+    if known := _known_by_place(Path(command[0])):
+        return known
     env = clean_environ(environ) | {"LC_ALL": "C"}
     env |= environ_for(Flavor.OPENMPI5, is_root=os.geteuid() == 0)
     try:
@@ -533,6 +531,10 @@ async def _ask(command: tuple[str, ...], environ: Mapping[str, str]) -> Flavor |
     except LaunchError:
         return None
     return parse_version(done.stdout + "\n" + done.stderr) if done.code == 0 else None
+
+
+def _known_by_place(path: Path) -> Flavor | None:
+    return _BY_NAME.get(path.name) or (Flavor.PALS if "pals" in path.resolve().parts else None)
 
 
 def _resolve(command: str, environ: Mapping[str, str]) -> tuple[str, ...]:

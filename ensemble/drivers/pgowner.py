@@ -14,7 +14,6 @@ import fcntl
 import os
 import re
 import socket
-import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
@@ -25,13 +24,17 @@ from ensemble import log
 from ensemble.errors import ClusterError
 
 #: File systems that other hosts write to as well, as /proc/self/mountinfo names them.
-NETWORK_FILESYSTEMS = frozenset(
-    "9p afs acfs beegfs beegfs_nodev ceph cifs coda dvs fhgfs fuse.afp fuse.ceph fuse.ceph-fuse "
-    "fuse.gcsfuse fuse.glusterfs fuse.gpfs fuse.mfs fuse.moosefs fuse.orangefs fuse.rclone "
-    "fuse.s3fs fuse.sshfs gfs gfs2 glusterfs gpfs lustre mmfs ncpfs nfs nfs4 ocfs2 orangefs panfs "
-    "pvfs2 sfs smb2 smb3 smbfs wekafs".split()
-)
-_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+# fmt: off
+NETWORK_FILESYSTEMS = frozenset((
+    "afs", "acfs", "beegfs", "beegfs_nodev", "ceph", "cifs", "coda", "dvs", "fhgfs",
+    "fuse.ceph", "fuse.ceph-fuse", "fuse.gcsfuse", "fuse.glusterfs", "fuse.gpfs",
+    "fuse.mfs", "fuse.moosefs", "fuse.orangefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs",
+    "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "mmfs", "ncpfs", "nfs", "nfs4", "ocfs2",
+    "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "wekafs",
+))
+# fmt: on
+#: What flock says where it cannot work; EBADF is NFS's answer for a directory.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
 class Here(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,20 +116,11 @@ def postmaster_pid(data_dir: Path) -> int | None:
     return int(line) if is_ours else None
 
 
-async def answers(host: str, port: int, *, timeout_s: float = 3.0) -> bool:
-    """Return whether a PostgreSQL server accepts connections there."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port)
-            try:
-                writer.write(_SSL_REQUEST)
-                return await reader.read(1) in (b"S", b"N")
-            finally:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
-    except (OSError, TimeoutError):
-        return False
+def is_ready(data_dir: Path) -> bool:
+    """Return whether the server that has *data_dir* open says that it accepts connections."""
+    # Line 8 of postmaster.pid (src/include/utils/pidfile.h) is what pg_ctl --wait looks at too.
+    lines = _read(data_dir / "postmaster.pid").splitlines()
+    return len(lines) >= 8 and lines[7].strip() == "ready"
 
 
 def network_filesystem(path: Path, mountinfo: str) -> str | None:
@@ -164,12 +158,20 @@ async def locked(path: Path, *, timeout_s: float) -> AsyncIterator[bool]:
     Raises:
         ClusterError: Another process held it for *timeout_s*.
     """
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    descriptor = _open_lock(path)
     try:
         yield await _lock(descriptor, path, timeout_s)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except IsADirectoryError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ClusterError(f"cannot open {path}: {error.strerror}") from error
 
 
 async def _lock(descriptor: int, path: Path, timeout_s: float) -> bool:
@@ -186,7 +188,7 @@ async def _lock(descriptor: int, path: Path, timeout_s: float) -> bool:
                     f"(it holds {path}); try again when it is done"
                 ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+            if error.errno not in _NO_LOCKS:
                 raise ClusterError(f"cannot lock {path}: {error.strerror}") from error
             log.get_logger().warning("lock.unsupported", path=str(path))
             return False

@@ -74,7 +74,7 @@ async def run(
         LaunchError: It could not be started, or did not end in time (it is dead by then).
     """
     try:
-        process = await asyncio.create_subprocess_exec(  # noqa: TID251 - this is the one place
+        process = await asyncio.create_subprocess_exec(
             *argv,
             env=env,
             cwd=cwd,
@@ -190,7 +190,8 @@ def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Pat
 
     Args:
         argv: Passed on as it is; a program without a slash is looked up on the PATH of *env*.
-        env: The whole environment; its `ENSEMBLE_TASK_TOKEN` marks the task's processes.
+        env: The whole environment; its `ENSEMBLE_TASK_TOKEN` marks the task's processes, and no others: two
+            processes started with one marker would be ended as one.
         cwd: The work directory; made if it is missing.
         output: Where the output goes. A file that is there is kept, as `.1`, `.2`, …
 
@@ -220,7 +221,6 @@ async def end_tree(process: Process, *, grace_s: float) -> int:
         How many processes there were.
     """
     with _Tree(process) as tree:
-        tree.look()
         await tree.end(grace_s)
         return tree.count
 
@@ -234,12 +234,7 @@ async def sweep(process: Process, *, grace_s: float) -> int:
     if not _list_strays():
         return 0
     with _Tree(process) as tree:
-        tree.look()
-        if tree.has_unsure:
-            await asyncio.sleep(_EXEC_S)
-            tree.look()
-        if not tree.is_empty:
-            await tree.end(grace_s)
+        await tree.end(grace_s)
         return tree.count
 
 
@@ -351,8 +346,9 @@ class _Tree:
         self._held: dict[int, _Held] = {}
         self._met: set[tuple[int, int]] = set()
         self._untouchable: set[tuple[int, int]] = set()
-        #: Whether a process was met that may turn out to belong here once it has replaced itself.
-        self.has_unsure = False
+        #: Whether the last look met a process that may turn out to belong here: one on its way into a program, or
+        #: out of life, shows no environment.
+        self._has_unsure = False
 
     def __enter__(self) -> Self:
         return self
@@ -366,14 +362,10 @@ class _Tree:
         """How many processes were met."""
         return len(self._met)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no process is known to live."""
-        return not self._held
-
     def look(self) -> list[_Held]:
         """Find processes that were not known, reap those that ended; return the new ones."""
         self._changed.clear()
+        self._has_unsure = False
         found = []
         for stat in self._find():
             if stat.is_zombie:
@@ -384,21 +376,29 @@ class _Tree:
         return found
 
     async def end(self, grace_s: float) -> None:
-        """End what was found, and what shows up while it ends."""
-        if grace_s > 0:
+        """End what there is, and what shows up while it ends."""
+        if await self._is_left() and grace_s > 0:
             self._terminate(list(self._held.values()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
-                    while not self.is_empty:
+                    while self._held:
                         self._terminate_orphans(await self._look_on_change())
-        while not self.is_empty or self.look():
+        while await self._is_left():
             for held in list(self._held.values()):
                 self._send(held, signal.SIGKILL)
             await self._look_on_change()
 
+    async def _is_left(self) -> bool:
+        """Look, twice where one look cannot tell."""
+        self.look()
+        if not self._held and self._has_unsure:
+            await asyncio.sleep(_EXEC_S)
+            self.look()
+        return bool(self._held)
+
     async def _look_on_change(self) -> list[_Held]:
         """Look again once a process has ended."""
-        if not self.is_empty:
+        if self._held:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_AGAIN_S):
                     await self._changed.wait()
@@ -423,13 +423,15 @@ class _Tree:
         return list(proctree.walk([stat for stat in tops if stat is not None], children))
 
     def _is_ours(self, stat: Stat) -> bool:
+        if (stat.pid, stat.start_ticks) in self._met:
+            return True
         environ = proctree.read_environ(stat.pid)
         token = proctree.parse_token(environ)
         if token is not None:
             return token == self._process.marker
         if stat.sid in self._process.sessions:
             return True
-        self.has_unsure = self.has_unsure or not (environ or stat.is_zombie)
+        self._has_unsure = self._has_unsure or not (environ or stat.is_zombie)
         return False
 
     def _hold(self, stat: Stat) -> _Held | None:
@@ -453,6 +455,8 @@ class _Tree:
         os.close(held.pidfd)
 
     def _send(self, held: _Held, number: int) -> None:
+        if self._held.get(held.stat.pid) is not held:
+            return
         try:
             signal.pidfd_send_signal(held.pidfd, number)
         except ProcessLookupError:
@@ -470,7 +474,7 @@ class _Tree:
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path) -> Process:
-    if not argv:
+    if not argv or not argv[0]:
         raise ValueError("the command is empty")
     cwd.mkdir(parents=True, exist_ok=True)
     output_fd = _open_output(output)
@@ -502,7 +506,7 @@ def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path)
 
 
 def _open_output(path: Path) -> int:
-    """Make a new file for appending; one of that name is moved to the next free `.1`, `.2`, …"""
+    """Make a new file for appending; one of that name is moved to the first free number after it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path):
         number = 1

@@ -430,7 +430,8 @@ BEGIN
   SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
     SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
   WITH report AS MATERIALIZED (
-    SELECT i.*, t.state AS was,
+    SELECT i.id, i.attempt, i.outcome, coalesce(i.at, clock_timestamp()) AS at, i.started, i.nodes,
+           i.code, i.cause, i.reason, i.error, t.state AS was,
            CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
                 WHEN a.task_id IS NULL OR a.lease_id <> p_lease THEN 'fenced'
                 WHEN a.ended_at IS NOT NULL THEN

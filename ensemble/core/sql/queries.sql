@@ -200,16 +200,15 @@ DELETE FROM task t USING locked l WHERE t.id = l.id AND t.lease_id IS NULL
 RETURNING t.id
 
 -- ring()
--- After a commit, never in one: watchers always, launchers only when one is idle.
-SELECT pg_notify('ensemble_event', ''),
-       (SELECT pg_notify('ensemble_work', '') FROM lease WHERE state = 'ACTIVE' AND idle LIMIT 1)
+-- After a commit, never in one: watchers read the new events, launchers with free nodes claim.
+SELECT pg_notify('ensemble_event', ''), pg_notify('ensemble_work', '')
 
 -- ================================================================ under a lease
 
--- renew_lease(lease, idle)
+-- renew_lease(lease)
 -- Nothing comes back when the lease is lost. Late is allowed while nobody has closed it.
 UPDATE lease
-   SET expires_at = clock_timestamp() + ttl, renewed_at = clock_timestamp(), idle = $2
+   SET expires_at = clock_timestamp() + ttl, renewed_at = clock_timestamp()
  WHERE id = $1 AND state = 'ACTIVE'
 RETURNING pg_postmaster_start_time() AS server_started_at
 

@@ -202,7 +202,6 @@ CREATE TABLE lease (
   id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   launcher_id  bigint NOT NULL REFERENCES launcher,
   state        text NOT NULL DEFAULT 'ACTIVE' CHECK (state IN ('ACTIVE', 'RELEASED', 'EXPIRED')),
-  idle         boolean NOT NULL DEFAULT false,
   swept        boolean NOT NULL DEFAULT false,   -- closed, and nothing is held under it any more
   ttl          interval NOT NULL,
   acquired_at  timestamptz NOT NULL DEFAULT now(),

@@ -1,0 +1,88 @@
+"""The command `ensemble`: every error becomes one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+
+from ensemble.cli import group
+from ensemble.cli.session import Session
+from ensemble.errors import EnsembleError
+
+INTERRUPTED = 130
+#: What a shell shows for a program that SIGPIPE ended: `ensemble ls | head` is no failure.
+PIPE_CLOSED = 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; return the exit status.
+
+    0 done, 1 failed, 2 usage, 3 not found, 4 store unreachable, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A locale without a character must not end a listing half-way.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    session = Session()
+    try:
+        status = group.main(argv, prog_name="ensemble", standalone_mode=False, obj=session)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _pipe_closed()
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        return _refuse_usage(error)
+    except Exception as error:  # the last resort: whatever it is, the user gets one line
+        return _report(error, session.is_debug)
+    return status if isinstance(status, int) else 0
+
+
+def _refuse_usage(error: click.ClickException) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    hint = f" ({context.command_path} --help)" if context is not None else ""
+    click.echo(f"error: {_one_line(error.format_message())}{hint}", err=True)
+    return error.exit_code
+
+
+def _report(error: Exception, is_debug: bool) -> int:
+    cause = _first_cause(error)
+    if is_debug:
+        traceback.print_exception(error)
+    if isinstance(cause, EnsembleError):
+        click.echo(f"error: {_one_line(str(cause))}", err=True)
+        return cause.exit_code
+    detail = _one_line(f"{type(cause).__name__}: {cause}")
+    click.echo(f"error: {detail} (unexpected; ensemble --debug … shows where)", err=True)
+    return 1
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return what a task group wrapped: ours before anybody else's."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first_cause(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, EnsembleError)), leaves[0])
+
+
+def _one_line(text: str) -> str:
+    from ensemble.render.text import clean
+
+    return clean(" ".join(text.split("\n")))
+
+
+def _pipe_closed() -> int:
+    # The interpreter flushes once more when it leaves: let that go nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

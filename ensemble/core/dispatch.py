@@ -1,0 +1,466 @@
+"""The launcher's brain: events in, effects out. No await, no clock, no database in this file.
+
+`Dispatcher.handle` takes in what happened and returns what to do, in order. The shell
+(service/launcher.py) does it; what comes of an effect is the next event:
+
+    Ask        -> Claimed | ClaimFailed
+    Launch     -> Started, then Ended | CouldNotStart | Skipped
+    Terminate  -> the Ended (or Skipped) of that task
+    AskProspect-> ProspectTold
+    RecordStart, RecordEnd, MarkTimedOut, MarkDrained, Leave -> nothing
+
+A task is in the book from Claimed until nothing of it runs any more (Ended); only then are its
+nodes free and its hold reported for release. Time is what the last Ticked said.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum, auto
+from typing import assert_never
+
+from ensemble.core.events import (
+    Ask,
+    AskProspect,
+    Claimed,
+    ClaimFailed,
+    CouldNotStart,
+    DrainAsked,
+    Effect,
+    Ended,
+    Event,
+    KillAsked,
+    Launch,
+    LeaseLost,
+    Leave,
+    MarkDrained,
+    MarkTimedOut,
+    Pair,
+    ProspectTold,
+    Reconciled,
+    RecordEnd,
+    RecordStart,
+    Skipped,
+    Started,
+    Terminate,
+    Ticked,
+    WorkRang,
+)
+from ensemble.core.model import Cause, Claim, End, Node, Outcome, Placement, Room, Start
+from ensemble.core.packing import NodeBook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What a dispatcher goes by. All in seconds; instants are monotonic."""
+
+    #: When everything must have been ended; None is never.
+    deadline: float | None = None
+    min_useful_s: float = 60.0
+    idle_timeout_s: float = 60.0
+    is_persistent: bool = False
+    poll_s: float = 10.0
+    #: How long an exit by signal waits for a drain that explains it; 0 outside batch jobs.
+    signal_hold_s: float = 0.0
+
+
+class Ending(Enum):
+    """Why a task is being ended."""
+
+    KILLED = auto()
+    TIME_LIMIT = auto()
+    DRAINED = auto()
+    LOST = auto()
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A task in the book."""
+
+    claim: Claim
+    placement: Placement
+    started_at: datetime | None = None
+    limit_at: float | None = None
+    ending: Ending | None = None
+
+
+#: What schedulers send to everything in a job that ends.
+_SCHEDULER_SIGNALS = frozenset(
+    128 + number
+    for number in (
+        signal.SIGTERM,
+        signal.SIGKILL,
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    )
+)
+
+
+class Dispatcher:
+    """Decides for one launcher which tasks run where, and when it leaves."""
+
+    def __init__(self, nodes: Sequence[Node], policy: Policy, *, now: float) -> None:
+        self._book = NodeBook(nodes)
+        self._policy = policy
+        self._now = now
+        self._runs: dict[int, Run] = {}
+        self._held_back: list[tuple[float, End]] = []
+        self._is_claiming = False
+        self._rang_meanwhile = False
+        self._last_ask = now
+        self._idle_since: float | None = now
+        self._is_asking_prospect = False
+        self._leaving: str | None = None
+        self._is_gone = False
+        self._is_lost = False
+        self.claims_made = 0
+
+    @property
+    def known(self) -> frozenset[Pair]:
+        """The attempts in the book."""
+        return frozenset((run.claim.id, run.claim.attempt) for run in self._runs.values())
+
+    @property
+    def busy_nodes(self) -> int:
+        """How many nodes have a task."""
+        return self._book.total - self._book.free
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether no task will be started any more."""
+        return self._leaving is not None
+
+    def handle(self, event: Event) -> list[Effect]:  # noqa: C901, PLR0912 - a line an event
+        """Take in one event; return what to do, in order."""
+        match event:
+            case Claimed():
+                effects = self._claimed(event)
+            case ClaimFailed():
+                self._is_claiming = False
+                effects = []
+            case WorkRang():
+                self._rang_meanwhile = self._is_claiming
+                effects = self._refill()
+            case Started():
+                effects = self._started(event)
+            case CouldNotStart():
+                effects = self._could_not_start(event)
+            case Skipped():
+                effects = self._skipped(event)
+            case Ended():
+                effects = self._ended(event)
+            case KillAsked():
+                effects = self._kill(event.pairs)
+            case Ticked():
+                effects = self._ticked(event.now)
+            case DrainAsked():
+                effects = self._drain(event.reason)
+            case ProspectTold():
+                effects = self._prospect_told(has_prospect=event.has_prospect)
+            case Reconciled():
+                effects = self._reconcile(event)
+            case LeaseLost():
+                effects = self._lose(event.reason)
+            case _:
+                assert_never(event)
+        return [*effects, *self._maybe_leave()]
+
+    def validate(self) -> None:
+        """Raise AssertionError unless the invariants hold."""
+        self._book.validate()
+        placed = sum(len(run.placement.nodes) for run in self._runs.values())
+        assert placed == self.busy_nodes, "runs and node book differ"
+        assert all(run.claim.id == task_id for task_id, run in self._runs.items())
+
+    # ------------------------------------------------------------------ taking work
+
+    def _refill(self) -> list[Effect]:
+        """Ask for work for the free nodes, one question at a time."""
+        left_s = self._left_s()
+        if self._is_claiming or self.is_leaving or not self._book.free or not self._has_time():
+            return []
+        self._is_claiming = True
+        self._rang_meanwhile = False
+        self._last_ask = self._now
+        room = Room(nodes=self._book.free, left_s=left_s, max_tasks=self._book.free)
+        return [Ask(room)]
+
+    def _claimed(self, event: Claimed) -> list[Effect]:
+        self._is_claiming = False
+        self.claims_made += 1
+        effects: list[Effect] = []
+        for claim in event.claims:
+            placement = None if self.is_leaving else self._book.claim(claim.id, claim.num_nodes)
+            if placement is None:
+                effects.append(self._give_back(claim))
+                continue
+            self._runs[claim.id] = Run(claim=claim, placement=placement)
+            effects.append(Launch(claim, placement))
+        if event.claims:
+            self._idle_since = None
+        if event.claims or self._rang_meanwhile:
+            effects += self._refill()
+        return effects
+
+    def _give_back(self, claim: Claim | Run, *, at: datetime | None = None) -> Effect:
+        claim = claim.claim if isinstance(claim, Run) else claim
+        return RecordEnd(End(id=claim.id, attempt=claim.attempt, outcome=Outcome.GIVEN_BACK, at=at))
+
+    # ------------------------------------------------------------------ a task's life
+
+    def _started(self, event: Started) -> list[Effect]:
+        run = self._run(event.id, event.attempt)
+        if run is None:
+            return []
+        run.started_at = event.at
+        if run.claim.time_limit_minutes is not None:
+            run.limit_at = self._now + 60 * run.claim.time_limit_minutes
+        start = Start(id=event.id, attempt=event.attempt, at=event.at, nodes=run.placement.names)
+        return [RecordStart(start)]
+
+    def _could_not_start(self, event: CouldNotStart) -> list[Effect]:
+        run = self._take_out(event.id, event.attempt)
+        if run is None:
+            return []
+        return [self._failed_start(run, event.at, event.reason), *self._refill()]
+
+    def _failed_start(
+        self, run: Run, at: datetime, reason: str, status: int | None = None
+    ) -> Effect:
+        return RecordEnd(
+            End(
+                id=run.claim.id,
+                attempt=run.claim.attempt,
+                outcome=Outcome.ERROR,
+                at=at,
+                started_at=run.started_at,
+                nodes=run.placement.names,
+                exit_code=status,
+                cause=Cause.COULD_NOT_START,
+                reason=reason,
+                error=reason,
+            )
+        )
+
+    def _skipped(self, event: Skipped) -> list[Effect]:
+        run = self._take_out(event.id, event.attempt)
+        if run is None or run.ending is Ending.LOST:
+            return []
+        return [self._give_back(run, at=event.at), *self._refill()]
+
+    def _ended(self, event: Ended) -> list[Effect]:
+        run = self._take_out(event.id, event.attempt)
+        if run is None or run.ending is Ending.LOST:
+            return self._refill()
+        if event.start_error is not None and run.ending is None:
+            effect = self._failed_start(run, event.at, event.start_error, event.status)
+            return [effect, *self._refill()]
+        end = _end_of(run, event)
+        if (
+            run.ending is None
+            and event.status in _SCHEDULER_SIGNALS
+            and self._policy.signal_hold_s > 0
+            and not self.is_leaving
+        ):
+            # The scheduler's signal often hits the tasks before it reaches us.
+            self._held_back.append((self._now + self._policy.signal_hold_s, end))
+            return self._refill()
+        return [RecordEnd(end), *self._refill()]
+
+    def _run(self, task_id: int, attempt: int) -> Run | None:
+        run = self._runs.get(task_id)
+        return run if run is not None and run.claim.attempt == attempt else None
+
+    def _take_out(self, task_id: int, attempt: int) -> Run | None:
+        run = self._run(task_id, attempt)
+        if run is not None:
+            del self._runs[task_id]
+            self._book.release(task_id)
+            if not self._runs:
+                self._idle_since = self._now
+        return run
+
+    # ------------------------------------------------------------------ ending tasks
+
+    def _kill(self, pairs: Iterable[Pair]) -> list[Effect]:
+        effects: list[Effect] = []
+        for task_id, attempt in pairs:
+            run = self._run(task_id, attempt)
+            if run is not None and run.ending is None:
+                run.ending = Ending.KILLED
+                effects.append(Terminate(task_id))
+        return effects
+
+    def _time_out(self) -> list[Effect]:
+        due = [
+            run
+            for run in self._runs.values()
+            if run.ending is None and run.limit_at is not None and run.limit_at <= self._now
+        ]
+        if not due:
+            return []
+        for run in due:
+            run.ending = Ending.TIME_LIMIT
+        pairs = tuple((run.claim.id, run.claim.attempt) for run in due)
+        return [MarkTimedOut(pairs), *(Terminate(task_id) for task_id, _ in pairs)]
+
+    def _drain(self, reason: str) -> list[Effect]:
+        is_second = self.is_leaving
+        self._leaving = self._leaving or reason
+        effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
+        for _, end in self._held_back:
+            effects.append(RecordEnd(_explained(end, reason)))
+        self._held_back.clear()
+        for run in self._runs.values():
+            if run.ending is None:
+                run.ending = Ending.DRAINED
+                effects.append(Terminate(run.claim.id, is_forced=is_second))
+            elif is_second:
+                effects.append(Terminate(run.claim.id, is_forced=True))
+        return effects
+
+    def _lose(self, reason: str) -> list[Effect]:
+        """Others may run our tasks: end them at once and report nothing."""
+        self._leaving = reason
+        self._held_back.clear()
+        for run in self._runs.values():
+            run.ending = Ending.LOST
+        self._is_lost = True
+        return [Terminate(task_id, is_forced=True) for task_id in self._runs]
+
+    # ------------------------------------------------------------------ time
+
+    def _ticked(self, now: float) -> list[Effect]:
+        self._now = now
+        effects = [*self._release_held_back(), *self._time_out()]
+        if self._is_over() and not self.is_leaving:
+            return [*effects, *self._drain("the time of the allocation is over")]
+        if now - self._last_ask >= self._policy.poll_s:
+            effects += self._refill()
+        return [*effects, *self._consider_leaving()]
+
+    def _release_held_back(self) -> list[Effect]:
+        due = [end for until, end in self._held_back if until <= self._now]
+        self._held_back = [(until, end) for until, end in self._held_back if until > self._now]
+        return [RecordEnd(end) for end in due]
+
+    def _left_s(self) -> float | None:
+        return None if self._policy.deadline is None else self._policy.deadline - self._now
+
+    def _has_time(self) -> bool:
+        left_s = self._left_s()
+        return left_s is None or left_s >= self._policy.min_useful_s
+
+    def _is_over(self) -> bool:
+        left_s = self._left_s()
+        return left_s is not None and left_s <= 0
+
+    def _consider_leaving(self) -> list[Effect]:
+        """Leave when there is nothing to do, or no time to do anything more."""
+        if self._runs or self._is_claiming or self.is_leaving or self._held_back:
+            return []
+        if not self._has_time():
+            self._leaving = "no time is left to start anything"
+            return []
+        if self._policy.is_persistent or self._is_asking_prospect or self._idle_since is None:
+            return []
+        if self._now - self._idle_since < self._policy.idle_timeout_s:
+            return []
+        self._is_asking_prospect = True
+        return [AskProspect()]
+
+    def _prospect_told(self, *, has_prospect: bool) -> list[Effect]:
+        self._is_asking_prospect = False
+        if has_prospect or self._runs or self._is_claiming:
+            self._idle_since = self._now
+        elif not self.is_leaving:
+            self._leaving = "no work is left"
+        return []
+
+    def _maybe_leave(self) -> list[Effect]:
+        if self._leaving is None or self._is_gone or self._runs or self._is_claiming:
+            return []
+        self._is_gone = True
+        return [Leave(self._leaving, is_lost=self._is_lost)]
+
+    # ------------------------------------------------------------------ agreement with the store
+
+    def _reconcile(self, event: Reconciled) -> list[Effect]:
+        """Give back what was handed out and never reached us; end what is not ours any more."""
+        effects: list[Effect] = []
+        if not self._is_claiming and event.claims_made == self.claims_made:
+            for task_id, attempt in sorted(event.held - event.known - self.known):
+                effects.append(
+                    RecordEnd(End(id=task_id, attempt=attempt, outcome=Outcome.GIVEN_BACK))
+                )
+        for task_id, attempt in sorted((event.known & self.known) - event.held):
+            run = self._run(task_id, attempt)
+            if run is not None and run.ending is not Ending.LOST:
+                run.ending = Ending.LOST
+                effects.append(Terminate(task_id, is_forced=True))
+        return effects
+
+
+# ---------------------------------------------------------------------------- what an end means
+
+
+def _end_of(run: Run, event: Ended) -> End:
+    outcome, cause, reason = _meaning(run, event)
+    return End(
+        id=run.claim.id,
+        attempt=run.claim.attempt,
+        outcome=outcome,
+        at=event.at,
+        started_at=run.started_at,
+        nodes=run.placement.names,
+        exit_code=event.status,
+        cause=cause,
+        reason=reason,
+        error=None if outcome is Outcome.DONE else event.error,
+    )
+
+
+def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]:
+    if event.status == 0 and not event.was_signalled:
+        return Outcome.DONE, None, None  # it ended well before our signal reached it
+    match run.ending:
+        case Ending.KILLED:
+            return Outcome.KILLED, Cause.KILLED_BY_USER, None
+        case Ending.TIME_LIMIT:
+            return Outcome.TIMEOUT, Cause.TIME_LIMIT, f"{run.claim.time_limit_minutes:g} minutes"
+        case Ending.DRAINED:
+            return Outcome.TIMEOUT, Cause.ALLOCATION_ENDED, None
+        case Ending.LOST | None:
+            return _failure(event.status)
+        case _:
+            assert_never(run.ending)
+
+
+def _failure(status: int) -> tuple[Outcome, Cause, str]:
+    if 128 < status <= 128 + signal.NSIG:
+        try:
+            return Outcome.ERROR, Cause.SIGNAL, signal.Signals(status - 128).name
+        except ValueError:
+            pass
+    return Outcome.ERROR, Cause.EXIT_CODE, str(status)
+
+
+def _explained(end: End, reason: str) -> End:
+    """Return *end*, an exit by signal, as the cut-off by the allocation's end that it was."""
+    return End(
+        id=end.id,
+        attempt=end.attempt,
+        outcome=Outcome.TIMEOUT,
+        at=end.at,
+        started_at=end.started_at,
+        nodes=end.nodes,
+        exit_code=end.exit_code,
+        cause=Cause.ALLOCATION_ENDED,
+        reason=reason,
+        error=end.error,
+    )

@@ -1,0 +1,87 @@
+"""JSON for programs: a superset of the tables, times in ISO 8601 and UTC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ensemble.core.model import Counts, Launcher, Task, TaskDetail
+from ensemble.core.states import State
+
+
+def write(value: Any) -> None:
+    """Print one JSON document."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    click.echo(text.decode())
+
+
+def task(task: Task, now: datetime) -> dict[str, Any]:
+    """Return all fields of a task, and what the table derives from them."""
+    run_s = elapsed_s(task, now)
+    return {
+        **msgspec.to_builtins(task),
+        "is_held": task.is_held,
+        "is_claimed": task.is_claimed,
+        "age_s": round((now - task.created_at).total_seconds(), 3),
+        "elapsed_s": None if run_s is None else round(run_s, 3),
+    }
+
+
+def detail(found: TaskDetail, now: datetime, *, folder: str, output: str) -> dict[str, Any]:
+    """Return everything on record about a task.
+
+    Args:
+        folder: The work directory, absolute.
+        output: The file of the last attempt's output.
+    """
+    return {
+        **task(found.task, now),
+        **msgspec.to_builtins(dict(found.spec)),
+        "path": folder,
+        "output": output,
+        "parents": list(found.parents),
+        "children": list(found.children),
+        "attempts": msgspec.to_builtins(found.attempts),
+        "events": msgspec.to_builtins(found.events),
+    }
+
+
+def workflows(table: Mapping[str, Mapping[State, int]]) -> list[dict[str, Any]]:
+    """Return the workflows with their tasks by state."""
+    return [
+        {"workflow": name, "tasks": sum(states.values()), "by_state": dict(states)}
+        for name, states in table.items()
+    ]
+
+
+def status(
+    site: Path,
+    database: Any,
+    counts: Counts,
+    table: Mapping[str, Mapping[State, int]],
+    launchers: Sequence[Launcher],
+) -> dict[str, Any]:
+    """Return what `ensemble status` shows."""
+    return {
+        "site": str(site),
+        "database": database,
+        "tasks": counts.total,
+        "by_state": dict(counts.by_state),
+        "held": dict(counts.held),
+        "workflows": workflows(table),
+        "launchers": msgspec.to_builtins(launchers),
+    }
+
+
+def elapsed_s(task: Task, now: datetime) -> float | None:
+    """Return how long the last run took, or takes; None when there was none."""
+    if task.started_at is None:
+        return None
+    is_over = task.ended_at is not None and task.state is not State.RUNNING
+    end = task.ended_at if is_over and task.ended_at is not None else now
+    return max((end - task.started_at).total_seconds(), 0.0)

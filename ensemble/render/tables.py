@@ -1,0 +1,224 @@
+"""Tables for people. Nothing a user wrote reaches the terminal uncleaned, or as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from ensemble.core.model import App, Attempt, Counts, Launcher, Problem, Task, TaskEvent
+from ensemble.core.states import RUNNABLE, State
+from ensemble.render.document import elapsed_s
+from ensemble.render.text import clean, group_nodes, local_time, span
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Wide enough that nothing is cut where no terminal limits it.
+_UNLIMITED = 4000
+_STYLES = {
+    State.RUNNING: "cyan",
+    State.JOB_FINISHED: "green",
+    State.FAILED: "red",
+    State.USER_KILLED: "magenta",
+    State.RUN_ERROR: "red",
+    State.RUN_TIMEOUT: "yellow",
+}
+_WAITING = (State.CREATED, State.AWAITING_PARENTS, State.READY, State.STAGED_IN)
+_ENDING = (State.RUN_DONE, State.POSTPROCESSED, State.RUN_ERROR, State.RUN_TIMEOUT)
+#: The columns of the table of workflows.
+_GROUPS: Mapping[str, Iterable[State]] = {
+    "waiting": _WAITING,
+    "runnable": RUNNABLE,
+    "running": (State.RUNNING,),
+    "ending": _ENDING,
+    "finished": (State.JOB_FINISHED,),
+    "failed": (State.FAILED,),
+    "killed": (State.USER_KILLED,),
+}
+
+
+def write(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under a header: one line each, `-` where there is nothing.
+
+    On a terminal, columns without any value are left out and long cells are cut; elsewhere, neither.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    cells = [[_cell(value) for value in row] for row in rows]
+    keep = [
+        place
+        for place in range(len(header))
+        if not console.is_terminal or not rows or any(row[place] != "-" for row in cells)
+    ]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for place in keep:
+        is_number = any(isinstance(row[place], int | float) for row in rows)
+        table.add_column(
+            header[place],
+            justify="right" if is_number else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+    for row in cells:
+        table.add_row(*(Text(row[place], style=_style(row[place])) for place in keep))
+    console.print(table)
+
+
+def tasks(found: Sequence[Task], now: datetime) -> None:
+    """Print tasks, one a line."""
+    header = (
+        "id", "name", "workflow", "app", "state", "attempt", "nodes", "exit", "cause", "age",
+        "elapsed",
+    )  # fmt: skip
+    rows = []
+    for task in found:
+        run_s = elapsed_s(task, now)
+        rows.append(
+            (
+                task.id,
+                task.name,
+                task.workflow,
+                task.app,
+                shown_state(task),
+                task.attempt,
+                task.num_nodes,
+                task.exit_code,
+                task.cause,
+                span((now - task.created_at).total_seconds()),
+                None if run_s is None else span(run_s),
+            )
+        )
+    write(header, rows)
+
+
+def apps(found: Sequence[App]) -> None:
+    """Print apps, one a line."""
+    write(
+        ("name", "command", "description"),
+        [(app.name, app.command, app.description) for app in found],
+    )
+
+
+def launchers(found: Sequence[Launcher], now: datetime) -> None:
+    """Print launchers, one a line."""
+    header = ("id", "host", "pid", "mode", "filter", "nodes", "tasks", "lease", "last seen")
+    rows = [
+        (
+            launcher.id,
+            launcher.host,
+            launcher.pid,
+            launcher.job_mode,
+            launcher.wf_filter,
+            group_nodes(launcher.nodes),
+            launcher.tasks,
+            launcher.lease_state.lower(),
+            f"{span((now - launcher.last_seen_at).total_seconds())} ago",
+        )
+        for launcher in found
+    ]
+    write(header, rows)
+
+
+def workflows(table: Mapping[str, Mapping[State, int]]) -> None:
+    """Print workflows with their tasks by what becomes of them."""
+    rows = []
+    for name, states in table.items():
+        groups = (sum(states.get(s, 0) for s in group) for group in _GROUPS.values())
+        rows.append((name or "(none)", sum(states.values()), *groups))
+    write(("workflow", "tasks", *_GROUPS), rows)
+
+
+def states(counts: Counts) -> None:
+    """Print how many tasks are in each state, in the order of a task's life."""
+    rows = [
+        (state, counts.by_state[state], counts.held.get(state, 0))
+        for state in State
+        if counts.by_state.get(state)
+    ]
+    write(("state", "tasks", "held"), rows)
+
+
+def attempts(found: Sequence[Attempt], now: datetime) -> None:
+    """Print the attempts of a task."""
+    header = ("attempt", "lease", "nodes", "claimed", "started", "took", "exit", "outcome", "cause")
+    rows = []
+    for attempt in found:
+        end = attempt.ended_at or now
+        took = span((end - attempt.started_at).total_seconds()) if attempt.started_at else None
+        rows.append(
+            (
+                attempt.attempt,
+                attempt.lease_id,
+                group_nodes(attempt.nodes),
+                local_time(attempt.claimed_at),
+                local_time(attempt.started_at),
+                took,
+                attempt.exit_code,
+                attempt.outcome,
+                _because(attempt.cause, attempt.reason),
+            )
+        )
+    write(header, rows)
+
+
+def events(found: Sequence[TaskEvent]) -> None:
+    """Print the history of a task."""
+    rows = [
+        (
+            local_time(event.at),
+            event.from_state,
+            event.to_state,
+            event.attempt,
+            event.lease_id,
+            event.actor,
+            event.reason,
+        )
+        for event in found
+    ]
+    write(("time", "from", "to", "attempt", "lease", "by", "reason"), rows)
+
+
+def problems(found: Sequence[Problem]) -> None:
+    """Print broken invariants."""
+    rows = [(p.check.removeprefix("check_"), p.task_id, p.problem) for p in found]
+    write(("check", "id", "problem"), rows)
+
+
+def shown_state(task: Task) -> str:
+    """Return the state, or `claimed` for a task that a launcher took and has not started."""
+    return "claimed" if task.is_claimed else str(task.state)
+
+
+def fields(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print names with their values, those that have one."""
+    shown = [(name, _cell(value)) for name, value in pairs]
+    known = [(name, value) for name, value in shown if value != "-"]
+    width = max((len(name) for name, _ in known), default=0)
+    for name, value in known:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _because(cause: str | None, reason: str | None) -> str:
+    return f"{cause}: {reason}" if cause and reason else cause or reason or ""
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None or value == "" else clean(str(value))
+
+
+def _style(cell: str) -> str:
+    return _STYLES.get(State(cell), "") if cell in State.__members__ else ""
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _UNLIMITED
+    return console

@@ -1,0 +1,178 @@
+"""Starts a launcher: finds its allocation and MPI, registers it, and runs it to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import ensemble
+from ensemble import log
+from ensemble.config import LauncherSettings, Settings
+from ensemble.core import leases
+from ensemble.core.dispatch import Policy
+from ensemble.core.model import NewLauncher
+from ensemble.core.store import Store
+from ensemble.drivers import mpi, nodes, process
+from ensemble.drivers.guardlink import GuardLink
+from ensemble.drivers.nodes import Allocation
+from ensemble.errors import LaunchError
+from ensemble.service import runtime
+from ensemble.service.launcher import Launcher
+from ensemble.service.options import LaunchOptions
+from ensemble.service.reaper import reap
+from ensemble.service.taskrun import Ground
+from ensemble.site import Site
+
+
+def main(site: Site, options: LaunchOptions) -> int:
+    """Run a launcher to its end; return its exit status: 0 unless it lost its lease."""
+    log.configure(as_json=False, debug=options.debug)
+    process.become_subreaper()
+    guard = GuardLink.from_environ(os.environ)
+    if guard is not None:
+        process.die_with_parent(runtime.DRAIN_SIGNALS[0], guard.guard_pid)
+    return runtime.run(_launch(site, options, guard))
+
+
+async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -> int:
+    settings = site.settings.launcher
+    store = await Store.open(site.address(), name="ensemble launcher", max_size=5)
+    try:
+        allocation = await nodes.find_allocation(
+            os.environ, virtual_nodes=options.nodes, now=runtime.epoch_s()
+        )
+        found, mpi_error = await _find_mpi(site.settings, allocation)
+        await reap(store)  # a lost launcher of this very allocation may still hold its nodes
+        left_s = _time_left(options, allocation, settings)
+        lease = await leases.register(
+            store.pool, _introduce(options, allocation, guard, left_s), ttl_s=settings.lease_ttl_s
+        )
+        if guard is not None:
+            guard.lease(lease.id)
+        with _threads() as executor:
+            ground = Ground(
+                site=site.path,
+                lease_id=lease.id,
+                environ=_own_environ(found),
+                mpi=found,
+                mpi_error=mpi_error,
+                is_single_rank_wrapped=site.settings.mpi.wrap_single_rank,
+                executor=executor,
+                grace_s=settings.grace_s,
+                error_tail_lines=settings.error_tail_lines,
+                scheduler_job_id=allocation.job_id,
+                admit=_Turnstile(settings.launches_per_s).admit,
+            )
+            launcher = Launcher(
+                store=store,
+                lease=lease,
+                nodes=allocation.nodes,
+                settings=settings,
+                policy=_policy(options, allocation, settings, left_s),
+                wf_filter=options.wf_filter,
+                ground=ground,
+                guard=guard,
+            )
+            status = await launcher.run()
+        if guard is not None and status == 0:
+            guard.bye()
+        return status
+    finally:
+        await store.close()
+
+
+async def _find_mpi(
+    settings: Settings, allocation: Allocation
+) -> tuple[mpi.MpiLauncher | None, str]:
+    """Return the MPI launcher, or why there is none: tasks of one rank can do without."""
+    try:
+        return (
+            await mpi.detect(settings.mpi, scheduler=allocation.scheduler, environ=os.environ),
+            "",
+        )
+    except LaunchError as error:
+        return None, str(error)
+
+
+def _time_left(
+    options: LaunchOptions, allocation: Allocation, settings: LauncherSettings
+) -> float | None:
+    """Return the seconds until everything must have been ended: the earlier of the two ends."""
+    ends = []
+    if options.time_limit_minutes is not None:
+        ends.append(60 * options.time_limit_minutes)
+    if allocation.ends_at is not None:
+        ends.append(allocation.ends_at - runtime.epoch_s() - settings.margin_s)
+    return min(ends, default=None)
+
+
+def _policy(
+    options: LaunchOptions,
+    allocation: Allocation,
+    settings: LauncherSettings,
+    left_s: float | None,
+) -> Policy:
+    return Policy(
+        deadline=None if left_s is None else runtime.monotonic_s() + left_s,
+        min_useful_s=settings.min_useful_s,
+        idle_timeout_s=settings.idle_timeout_s
+        if options.idle_timeout_s is None
+        else options.idle_timeout_s,
+        is_persistent=options.is_persistent,
+        poll_s=settings.poll_s,
+        # Outside a batch job nobody signals tasks behind our back.
+        signal_hold_s=settings.signal_hold_s if allocation.job_id else 0.0,
+    )
+
+
+def _introduce(
+    options: LaunchOptions,
+    allocation: Allocation,
+    guard: GuardLink | None,
+    left_s: float | None,
+) -> NewLauncher:
+    return NewLauncher(
+        identity=process.identity(guard.guard_pid if guard else None),
+        version=ensemble.__version__,
+        job_mode=options.job_mode,
+        wf_filter=options.wf_filter,
+        nodes=tuple(node.name for node in allocation.nodes),
+        scheduler=allocation.scheduler,
+        scheduler_job_id=allocation.job_id,
+        restart_count=allocation.restart_count,
+        left_s=left_s,
+    )
+
+
+def _own_environ(found: mpi.MpiLauncher | None) -> dict[str, str]:
+    """Return this process's environment as tasks start from it."""
+    clean = mpi.clean_environ(os.environ, found.flavor if found else None)
+    return {name: value for name, value in clean.items() if not name.startswith("ENSEMBLE_GUARD_")}
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for what may hang on a file system; the end does not wait for them."""
+    executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="start")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Turnstile:
+    """Lets launches through at a site's pace."""
+
+    def __init__(self, per_s: float | None) -> None:
+        self._gap_s = 1 / per_s if per_s else 0.0
+        self._next = -math.inf
+
+    async def admit(self) -> None:
+        if self._gap_s:
+            now = runtime.monotonic_s()
+            self._next = max(self._next + self._gap_s, now)
+            await asyncio.sleep(self._next - now)

@@ -1,0 +1,381 @@
+"""The launcher's shell: performs what core/dispatch.py decides, and tells it what came of it.
+
+One loop takes events from a queue, asks the dispatcher, and performs its effects; what takes time
+runs in the TaskGroup and posts the next event. At the end every report gets its answer, and the
+lease is closed.
+
+Loops that may lose the database handle that inside themselves: a crash of one cancels its siblings,
+and then the guard ends what ran. The database may be away for as long as the lease is trusted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, TypeVar, assert_never
+
+from ensemble import log
+from ensemble.config import LauncherSettings
+from ensemble.core import listener
+from ensemble.core.dispatch import Dispatcher, Policy
+from ensemble.core.events import (
+    Ask,
+    AskProspect,
+    Claimed,
+    ClaimFailed,
+    DrainAsked,
+    Effect,
+    Event,
+    KillAsked,
+    Launch,
+    LeaseLost,
+    Leave,
+    MarkDrained,
+    MarkTimedOut,
+    ProspectTold,
+    Reconciled,
+    RecordEnd,
+    RecordStart,
+    Terminate,
+    Ticked,
+    WorkRang,
+)
+from ensemble.core.leases import Lease
+from ensemble.core.listener import Listener
+from ensemble.core.model import Claim, End, Node, Outcome, Room
+from ensemble.core.store import Store
+from ensemble.drivers.guardlink import GuardLink
+from ensemble.errors import LeaseLostError, OutcomeUnknownError, StoreUnavailableError
+from ensemble.service import runtime, taskrun
+from ensemble.service.reaper import reap
+from ensemble.service.recorder import Recorder
+from ensemble.service.tally import Tally
+from ensemble.service.taskrun import Ground, Handle
+
+T = TypeVar("T")
+
+#: The slow tick that time limits and deadlines go by; nothing polls faster.
+TICK_S = 1.0
+#: Rings for work that come closer together than this are one.
+_RING_S = 0.02
+#: Our own rings, after what we wrote, come no closer together than this.
+_TELL_S = 0.1
+#: A second signal within this is the same one, delivered twice.
+_SAME_SIGNAL_S = 0.5
+#: Failures that are logged one by one; then only counted.
+_FAILURES_SHOWN = 20
+
+
+class Launcher:
+    """One launcher under its lease."""
+
+    def __init__(  # noqa: PLR0913 - made in one place
+        self,
+        *,
+        store: Store,
+        lease: Lease,
+        nodes: Sequence[Node],
+        settings: LauncherSettings,
+        policy: Policy,
+        wf_filter: str | None,
+        ground: Ground,
+        guard: GuardLink | None,
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._nodes = nodes
+        self._settings = settings
+        self._policy = policy
+        self._wf_filter = wf_filter
+        self._ground = ground
+        self._guard = guard
+        self._log = log.get_logger(launcher=lease.launcher_id)
+        self._group = asyncio.TaskGroup()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._handles: dict[int, tuple[Claim, Handle]] = {}
+        self._places = asyncio.Semaphore(settings.max_launches)
+        self._workflows: list[int] | None = None
+        self._is_filter_stale = True
+        self._kill_rang = asyncio.Event()
+        self._work_rang = asyncio.Event()
+        self._doubt = asyncio.Event()
+        self._written = asyncio.Event()
+        self._recorder = Recorder(lease, self._log, on_written=self._written.set)
+        self._last_signal = -math.inf
+        self._trusted_until = math.inf
+        now = runtime.monotonic_s()
+        self._dispatcher = Dispatcher(nodes, policy, now=now)
+        self._tally = Tally(nodes=len(nodes), now=now)
+
+    async def run(self) -> int:
+        """Run tasks until time or work ends; return the exit status: 0 unless the lease was lost."""
+        runtime.on_signals(self._on_signal)
+        self._log.info("launcher.started", lease=self._lease.id, nodes=len(self._nodes))
+        async with self._group:
+            loops = [self._group.create_task(loop) for loop in self._loops()]
+            self._post(WorkRang())
+            leave = await self._work()
+            self._log.info("launcher.leaving", reason=leave.reason)
+            await self._settle(leave)
+            for loop in loops:
+                loop.cancel()
+        await self._close(leave)
+        self._log.info("launcher.ended", **self._tally.summary())
+        return 1 if leave.is_lost else 0
+
+    def _loops(self) -> list[Coroutine[Any, Any, None]]:
+        bell = Listener(
+            self._store.address,
+            [listener.KILL, listener.WORK],
+            self._on_ring,
+            ping_s=min(15.0, self._settings.heartbeat_s),
+        )
+        return [
+            bell.run(),
+            self._recorder.run(),
+            self._tick(),
+            self._beat(),
+            self._watch_kills(),
+            self._watch_work(),
+            self._reconcile(),
+            self._reap(),
+            self._tell(),
+        ]
+
+    # ------------------------------------------------------------------ the loop
+
+    def _post(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def _work(self) -> Leave:
+        """Take events and perform effects until the dispatcher says to leave."""
+        while True:
+            event = await self._events.get()
+            self._tally.pass_time(runtime.monotonic_s(), self._dispatcher.busy_nodes)
+            effects = self._dispatcher.handle(event)
+            self._log.debug("event.handled", what=event, effects=effects)
+            for effect in effects:
+                if isinstance(effect, Leave):
+                    return effect
+                self._perform(effect)
+
+    def _perform(self, effect: Effect) -> None:  # noqa: C901 - a line an effect
+        match effect:
+            case Ask(room):
+                self._spawn(self._ask(room))
+            case Launch(claim):
+                handle = Handle()
+                self._handles[claim.id] = (claim, handle)
+                self._spawn(self._run_task(effect, handle))
+            case Terminate(task_id, is_forced):
+                claim, handle = self._handles[task_id]
+                self._spawn(taskrun.terminate(claim, handle, self._ground, is_forced=is_forced))
+            case RecordStart(start):
+                self._recorder.add_start(start)
+            case RecordEnd(end):
+                self._record_end(end)
+            case MarkTimedOut(pairs):
+                self._spawn(self._mark(self._lease.time_out(pairs)))
+            case MarkDrained(reason):
+                self._log.info("launcher.draining", reason=reason)
+                self._spawn(self._mark(self._lease.drain(reason)))
+            case AskProspect():
+                self._spawn(self._ask_prospect())
+            case Leave():
+                raise AssertionError("the loop ends there")
+            case _:
+                assert_never(effect)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._group.create_task(work)
+
+    # ------------------------------------------------------------------ effects
+
+    async def _ask(self, room: Room) -> None:
+        claims = await self._try(self._claim(room))
+        if claims is None:
+            await asyncio.sleep(TICK_S)  # the store is away: do not ask again at once
+            self._post(ClaimFailed())
+        else:
+            self._post(Claimed(claims=tuple(claims)))
+
+    async def _claim(self, room: Room) -> list[Claim]:
+        if self._wf_filter is not None and self._is_filter_stale:
+            self._is_filter_stale = False
+            self._workflows = await self._store.workflow_ids(self._wf_filter)
+        return await self._lease.claim(room, self._workflows)
+
+    async def _run_task(self, launch: Launch, handle: Handle) -> None:
+        async with self._places:
+            await taskrun.run_task(launch.claim, launch.placement, handle, self._ground, self._post)
+
+    def _record_end(self, end: End) -> None:
+        self._recorder.add_end(end)
+        self._tally.count(end)
+        if end.outcome is Outcome.ERROR and self._tally.ended - self._tally.done <= _FAILURES_SHOWN:
+            self._log.warning("task.failed", task=end.id, cause=str(end.cause), reason=end.reason)
+
+    async def _mark(self, mark: Awaitable[int]) -> None:
+        """Write RUN_TIMEOUT for what runs, after the starts that are still on their way."""
+        try:
+            async with asyncio.timeout(TICK_S / 2):
+                await self._recorder.flush()
+        except TimeoutError:
+            pass  # their end reports will say the same
+        marked = await self._try(mark)
+        self._log.info("tasks.timed_out", tasks=marked)
+        self._written.set()
+
+    async def _ask_prospect(self) -> None:
+        found = await self._try(self._lease.has_prospect(self._workflows, len(self._nodes)))
+        self._post(ProspectTold(has_prospect=found is not False))
+
+    async def _try(self, work: Awaitable[T]) -> T | None:
+        """Return what the store answers; None, and what follows of it, when it does not."""
+        try:
+            return await work
+        except LeaseLostError as error:
+            self._post(LeaseLost(reason=str(error)))
+        except StoreUnavailableError as error:
+            self._log.warning("store.lost", error=str(error))
+            if isinstance(error, OutcomeUnknownError):
+                self._doubt.set()
+        return None
+
+    # ------------------------------------------------------------------ loops
+
+    async def _tick(self) -> None:
+        shown = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._post(Ticked(now=runtime.monotonic_s()))
+            if runtime.boottime_s() > self._trusted_until and not self._dispatcher.is_leaving:
+                # Others may take our tasks soon: end them now, while nobody can have started them.
+                self._log.error("lease.not_trusted")
+                self._post(DrainAsked(reason="the database was away for too long"))
+                self._post(DrainAsked(reason="the database was away for too long"))
+            if self._tally.ended != shown:
+                shown = self._tally.ended
+                self._log.info(
+                    "launcher.progress",
+                    running=len(self._dispatcher.known),
+                    done=self._tally.done,
+                    not_done=shown - self._tally.done,
+                )
+
+    async def _beat(self) -> None:
+        """Renew the lease, and tell the guard how long it may be trusted."""
+        ttl_s = self._settings.lease_ttl_s
+        trust_s = ttl_s - min(self._settings.grace_s + 60.0, ttl_s / 2)
+        # Close to the lease's end even KILL must have worked; the guard acts if we cannot.
+        guard_s = trust_s + (ttl_s - trust_s) / 2
+        self._trusted_until = runtime.boottime_s() + trust_s
+        while True:
+            sent = runtime.boottime_s()
+            if await self._renew(patience_s=max(trust_s / 3, 0.5)):
+                self._trusted_until = sent + trust_s
+                if self._guard is not None:
+                    self._guard.deadline(sent + guard_s)
+                await asyncio.sleep(min(self._settings.heartbeat_s, trust_s / 3))
+            else:
+                await asyncio.sleep(min(1.0, trust_s / 10))
+
+    async def _renew(self, *, patience_s: float) -> bool:
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._lease.renew()
+        except LeaseLostError as error:
+            self._post(LeaseLost(reason=str(error)))
+            await asyncio.Event().wait()  # nothing is left to renew
+        except (StoreUnavailableError, TimeoutError) as error:
+            self._log.warning("lease.not_renewed", error=str(error) or "no answer")
+            return False
+        return True
+
+    def _on_ring(self, channel: str) -> None:
+        if channel in (listener.KILL, listener.RESYNC):
+            self._kill_rang.set()
+        if channel in (listener.WORK, listener.RESYNC):
+            self._work_rang.set()
+        if channel == listener.RESYNC:
+            self._doubt.set()
+
+    async def _watch_kills(self) -> None:
+        """Read the kill set when the bell rings, and now and then in case it did not."""
+        while True:
+            await _rung(self._kill_rang, self._settings.poll_s)
+            doomed = await self._try(self._lease.doomed())
+            if doomed:
+                self._post(KillAsked(pairs=frozenset(doomed)))
+
+    async def _watch_work(self) -> None:
+        while True:
+            await _rung(self._work_rang, self._settings.poll_s)
+            self._is_filter_stale = True
+            self._post(WorkRang())
+            await asyncio.sleep(_RING_S)
+
+    async def _reconcile(self) -> None:
+        """Compare what we hold with what the store says, when in doubt and every few minutes."""
+        while True:
+            await _rung(self._doubt, self._settings.reconcile_s)
+            known = self._dispatcher.known | self._recorder.pending
+            made = self._dispatcher.claims_made
+            held = await self._try(self._lease.held())
+            if held is not None:
+                self._post(Reconciled(held=frozenset(held), known=known, claims_made=made))
+
+    async def _reap(self) -> None:
+        period_s = max(1.0, min(30.0, self._settings.lease_ttl_s / 4))
+        while True:
+            await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+            await self._try(reap(self._store, own_lease=self._lease.id))
+
+    async def _tell(self) -> None:
+        """Ring for watchers and other launchers after what was written, not too often."""
+        while True:
+            await self._written.wait()
+            self._written.clear()
+            await self._try(self._store.ring())
+            await asyncio.sleep(_TELL_S)
+
+    def _on_signal(self, name: str) -> None:
+        now = runtime.monotonic_s()
+        if now - self._last_signal >= _SAME_SIGNAL_S:
+            self._last_signal = now
+            self._post(DrainAsked(reason=f"received {name}"))
+
+    # ------------------------------------------------------------------ the end
+
+    async def _settle(self, leave: Leave) -> None:
+        """Wait until every report has its answer, as long as the allocation lasts."""
+        patience_s = 5.0 if leave.is_lost else None
+        if patience_s is None and self._policy.deadline is not None:
+            left_s = self._policy.deadline - runtime.monotonic_s()
+            patience_s = max(left_s + self._settings.margin_s / 2, 10.0)
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._recorder.flush()
+        except TimeoutError:
+            self._log.error("reports.not_written", reports=self._recorder.waiting)
+
+    async def _close(self, leave: Leave) -> None:
+        if leave.is_lost:
+            return
+        try:
+            await self._lease.close(leave.reason)
+            await self._store.ring()
+        except StoreUnavailableError as error:
+            self._log.error("lease.not_closed", error=str(error))
+
+
+async def _rung(bell: asyncio.Event, at_most_s: float) -> None:
+    """Wait for a ring, or for the safety net."""
+    try:
+        async with asyncio.timeout(at_most_s):
+            await bell.wait()
+    except TimeoutError:
+        pass
+    bell.clear()

@@ -1,0 +1,135 @@
+"""Reports starts and ends to the store: in batches, until each has an answer.
+
+A report leaves memory only when the store has said what became of it. While the store is away, or
+its disk is full, reports wait here; a row that somebody's open transaction has locked is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from ensemble.core.backoff import Backoff
+from ensemble.core.events import Pair
+from ensemble.core.leases import Lease, Verdicts
+from ensemble.core.model import End, Start, Verdict
+from ensemble.errors import StoreFullError, StoreUnavailableError
+from ensemble.log import Logger
+
+#: A batch is sent when so many reports wait, or after so long.
+BATCH = 250
+DELAY_S = 0.05
+#: How long a row that is locked by somebody else is left alone.
+_BUSY_S = 0.5
+
+
+class Recorder:
+    """The way of all reports of one lease."""
+
+    def __init__(self, lease: Lease, log: Logger, *, on_written: Callable[[], None]) -> None:
+        self._lease = lease
+        self._log = log
+        self._on_written = on_written
+        self._starts: dict[Pair, Start] = {}
+        self._ends: dict[Pair, End] = {}
+        self._news = asyncio.Event()
+        self._is_full = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        #: Rows that the store refused: another lease or attempt owns them now.
+        self.fenced = 0
+
+    @property
+    def pending(self) -> frozenset[Pair]:
+        """Attempts whose end is not in the store yet."""
+        return frozenset(self._ends)
+
+    @property
+    def waiting(self) -> int:
+        """How many reports have no answer yet."""
+        return len(self._starts) + len(self._ends)
+
+    def add_start(self, start: Start) -> None:
+        """Report a start, soon."""
+        self._starts[start.id, start.attempt] = start
+        self._wake()
+
+    def add_end(self, end: End) -> None:
+        """Report an end, soon. It carries the start with it, if that is still here."""
+        pair = (end.id, end.attempt)
+        self._starts.pop(pair, None)
+        self._ends[pair] = end
+        self._wake()
+
+    async def run(self) -> None:
+        """Send batches for ever."""
+        backoff = Backoff(base_s=0.1, cap_s=5.0)
+        while True:
+            await self._news.wait()
+            await self._gather()
+            try:
+                is_busy = await self._send()
+            except StoreUnavailableError as error:
+                delay_s = backoff.fail()
+                what = "store.full" if isinstance(error, StoreFullError) else "store.lost"
+                self._log.warning(what, error=str(error), reports=self.waiting, retry_s=delay_s)
+                await asyncio.sleep(delay_s)
+            else:
+                backoff.succeed()
+                if is_busy:
+                    await asyncio.sleep(_BUSY_S)
+
+    async def flush(self) -> None:
+        """Return when every report has its answer; `run` must be running."""
+        await self._idle.wait()
+
+    def _wake(self) -> None:
+        self._idle.clear()
+        self._news.set()
+        if self.waiting >= BATCH:
+            self._is_full.set()
+
+    async def _gather(self) -> None:
+        """Let a batch come together."""
+        try:
+            async with asyncio.timeout(DELAY_S):
+                await self._is_full.wait()
+        except TimeoutError:
+            pass
+        self._is_full.clear()
+
+    async def _send(self) -> bool:
+        """Send what waits, starts first; return whether rows were busy."""
+        starts, ends = list(self._starts.values()), list(self._ends.values())[: 20 * BATCH]
+        verdicts: Verdicts = {}
+        if starts:
+            found = await self._lease.start(starts)
+            self._settle(self._starts, starts, found)
+            verdicts |= found
+        if ends:
+            found = await self._lease.finish(sorted(ends, key=lambda end: end.id))
+            self._settle(self._ends, ends, found)
+            verdicts |= found
+        if not self.waiting:
+            self._news.clear()
+            self._idle.set()
+        if verdicts:
+            self._on_written()
+        return Verdict.BUSY in verdicts.values()
+
+    def _settle(
+        self,
+        waiting: dict[Pair, Start] | dict[Pair, End],
+        sent: Sequence[Start | End],
+        verdicts: Verdicts,
+    ) -> None:
+        for report in sent:
+            pair = (report.id, report.attempt)
+            verdict = verdicts.get(pair, Verdict.MISSING)
+            if verdict is Verdict.BUSY:
+                continue
+            if waiting.get(pair) is report:  # a start may have become an end meanwhile
+                del waiting[pair]
+            if verdict in (Verdict.FENCED, Verdict.MISSING):
+                self.fenced += verdict is Verdict.FENCED
+                self._log.warning("report.refused", task=pair[0], attempt=pair[1], verdict=verdict)

@@ -1,0 +1,50 @@
+"""What every daemon shares: the event loop, the clocks, the signals."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+#: What batch schedulers send before they kill (see docs/signals.md), and a terminal's Ctrl-C.
+DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run *main* on a uvloop event loop and return its result."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def on_signals(react: Callable[[str], None]) -> None:
+    """Call *react* with a signal's name, in the event loop, whenever one of them arrives."""
+    loop = asyncio.get_running_loop()
+    for number in DRAIN_SIGNALS:
+        loop.add_signal_handler(number, react, number.name)
+
+
+def utc_now() -> datetime:
+    """Return the wall clock's time; for the record, never to decide by."""
+    return datetime.now(UTC)  # noqa: TID251 - this is the one place
+
+
+def epoch_s() -> float:
+    """Return the wall clock in epoch seconds, to compare with a scheduler's."""
+    return time.time()
+
+
+def boottime_s() -> float:
+    """Return seconds since boot, which also count while the machine or this process sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def monotonic_s() -> float:
+    """Return the clock that decisions go by: also counts while suspended, never jumps."""
+    return boottime_s()

