@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from typing import Any
 
 import click
 
 import ensemble
+from ensemble.cli.options import examples
 from ensemble.cli.session import Session
 
 #: Section -> command -> (where it is, its summary). Summaries are here so that `ensemble --help`
@@ -75,7 +75,15 @@ class LazyGroup(click.Group):
 
 
 @click.command(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    epilog=examples(
+        "ensemble init sweep && cd sweep",
+        "ensemble app add hello --command 'echo hello {who}'",
+        "ensemble add --app hello --param who=world",
+        "ensemble launch --nodes 2",
+        "ensemble ls",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
     "--site",
@@ -85,18 +93,10 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
 @click.version_option(ensemble.__version__, message="ensemble %(version)s")
 @click.pass_obj
-def group(session: Session, **given: Any) -> None:
+def group(session: Session, /, site: str | None, debug: bool) -> None:
     """Run ensembles: thousands to millions of program runs from one durable queue.
-
-    \b
-    A first ensemble, on a laptop:
-      ensemble init sweep && cd sweep
-      ensemble app add hello --command 'echo hello {who}'
-      ensemble add --app hello --param who=world
-      ensemble launch --nodes 2
-      ensemble ls
 
     Exit status: 0 done, 1 failed, 2 usage, 3 not found, 4 database unreachable.
     """
-    session.named = given["site"]
-    session.is_debug = given["debug"]
+    session.named = site
+    session.is_debug = debug

@@ -12,19 +12,45 @@ from ensemble.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class TaskId(click.ParamType):
+class TaskId(click.ParamType[int]):
     """The id of a task."""
 
     name = "ID"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read an id that the database can hold."""
         text = str(value)
-        if text.isascii() and text.isdecimal() and int(text) < 2**63:
-            return int(text)
-        self.fail(f"{text!r} is not the id of a task: expected a number like 12", param, ctx)
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
+            self.fail(f"{text!r} is not the id of a task: expected a number like 12", param, ctx)
+        return int(text)
+
+
+class Amount(click.ParamType[float]):
+    """A finite number above zero, or from zero on."""
+
+    name = "NUMBER"
+
+    def __init__(self, *, may_be_zero: bool = False) -> None:
+        self._may_be_zero = may_be_zero
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read a number within bounds; neither `nan` nor `inf` is one."""
+        least = "0 or more" if self._may_be_zero else "more than 0"
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < 1e9 or (number == 0 and not self._may_be_zero):
+            self.fail(f"{value!r}: expected a number, {least}", param, ctx)
+        return number
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: command lines to copy, not re-wrapped by click."""
+    title = "Example:" if len(lines) == 1 else "Examples:"
+    return "\n".join(("\b", title, *(f"  {line}" for line in lines)))
 
 
 def as_json(function: F) -> F:
@@ -70,9 +96,7 @@ def read_object(
         raise click.BadParameter(f"expected a JSON object: {error}", param=param) from error
 
 
-def read_ids(
-    _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> list[int]:
+def read_ids(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[int]:
     """Turn repeated ids and ranges into ids."""
     from ensemble.api import parse_ids
 

@@ -15,8 +15,10 @@ nodes free and its hold reported for release. Time is what the last Ticked said.
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
@@ -101,6 +103,13 @@ _SCHEDULER_SIGNALS = frozenset(
 )
 
 
+#: Runs longer than this are not claimed ahead.
+_SHORT_S = 1.0
+#: How much work is claimed ahead, in seconds of a node and at most in tasks a node.
+_AHEAD_S = 0.25
+_AHEAD_PER_NODE = 16
+
+
 class Dispatcher:
     """Decides for one launcher which tasks run where, and when it leaves."""
 
@@ -109,6 +118,10 @@ class Dispatcher:
         self._policy = policy
         self._now = now
         self._runs: dict[int, Run] = {}
+        #: Single-node tasks claimed for nodes that will be free in a moment, in claim order.
+        self._ahead: deque[Claim] = deque()
+        #: The usual length of a single-node run, in seconds; None until one has ended.
+        self._usual_s: float | None = None
         self._held_back: list[tuple[float, End]] = []
         self._is_claiming = False
         self._rang_meanwhile = False
@@ -122,8 +135,9 @@ class Dispatcher:
 
     @property
     def known(self) -> frozenset[Pair]:
-        """The attempts in the book."""
-        return frozenset((run.claim.id, run.claim.attempt) for run in self._runs.values())
+        """The attempts that we hold: running, or claimed ahead."""
+        claims = [*(run.claim for run in self._runs.values()), *self._ahead]
+        return frozenset((claim.id, claim.attempt) for claim in claims)
 
     @property
     def busy_nodes(self) -> int:
@@ -180,36 +194,67 @@ class Dispatcher:
     # ------------------------------------------------------------------ taking work
 
     def _refill(self) -> list[Effect]:
-        """Ask for work for the free nodes, one question at a time."""
-        left_s = self._left_s()
-        if self._is_claiming or self.is_leaving or not self._book.free or not self._has_time():
+        """Start what was claimed ahead, and ask for work for free nodes, one question at a time."""
+        if self.is_leaving:
             return []
+        if not self._has_time():
+            return self._give_back_ahead()
+        effects: list[Effect] = []
+        while self._ahead and self._book.free:
+            effects += self._place(self._ahead.popleft())
+        wanted = self._look_ahead()
+        if self._is_claiming or not (self._book.free or len(self._ahead) < wanted / 2):
+            return effects
         self._is_claiming = True
         self._rang_meanwhile = False
         self._last_ask = self._now
-        room = Room(nodes=self._book.free, left_s=left_s, max_tasks=self._book.free)
-        return [Ask(room)]
+        ahead = max(wanted - len(self._ahead), 0)
+        room = Room(
+            nodes=self._book.free,
+            left_s=self._left_s(),
+            max_tasks=self._book.free + ahead,
+            ahead=ahead,
+        )
+        return [*effects, Ask(room)]
+
+    def _look_ahead(self) -> int:
+        """Return how many tasks to hold for the next moment: a bound in time, none for long tasks.
+
+        Without it a node would wait for the store's answer after each short task; with more,
+        work would be hoarded away from other launchers.
+        """
+        if self._usual_s is None or self._usual_s > _SHORT_S:
+            return 0
+        soon = _AHEAD_S / max(self._usual_s, 1e-3)
+        return math.ceil(self._book.total * min(soon, _AHEAD_PER_NODE))
 
     def _claimed(self, event: Claimed) -> list[Effect]:
         self._is_claiming = False
         self.claims_made += 1
-        effects: list[Effect] = []
-        for claim in event.claims:
-            placement = None if self.is_leaving else self._book.claim(claim.id, claim.num_nodes)
-            if placement is None:
-                effects.append(self._give_back(claim))
-                continue
-            self._runs[claim.id] = Run(claim=claim, placement=placement)
-            effects.append(Launch(claim, placement))
         if event.claims:
             self._idle_since = None
+        effects: list[Effect] = []
+        for claim in event.claims:
+            effects += self._place(claim)
         if event.claims or self._rang_meanwhile:
             effects += self._refill()
         return effects
 
-    def _give_back(self, claim: Claim | Run, *, at: datetime | None = None) -> Effect:
-        claim = claim.claim if isinstance(claim, Run) else claim
-        return RecordEnd(End(id=claim.id, attempt=claim.attempt, outcome=Outcome.GIVEN_BACK, at=at))
+    def _place(self, claim: Claim) -> list[Effect]:
+        """Launch a claimed task on free nodes; without them keep it for later, or give it back."""
+        placement = None if self.is_leaving else self._book.claim(claim.id, claim.num_nodes)
+        if placement is not None:
+            self._runs[claim.id] = Run(claim=claim, placement=placement)
+            return [Launch(claim, placement)]
+        if claim.num_nodes == 1 and not self.is_leaving and claim.id not in self._runs:
+            self._ahead.append(claim)
+            return []
+        return [_give_back(claim)]
+
+    def _give_back_ahead(self) -> list[Effect]:
+        effects: list[Effect] = [_give_back(claim) for claim in self._ahead]
+        self._ahead.clear()
+        return effects
 
     # ------------------------------------------------------------------ a task's life
 
@@ -251,7 +296,7 @@ class Dispatcher:
         run = self._take_out(event.id, event.attempt)
         if run is None or run.ending is Ending.LOST:
             return []
-        return [self._give_back(run, at=event.at), *self._refill()]
+        return [_give_back(run.claim, at=event.at), *self._refill()]
 
     def _ended(self, event: Ended) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
@@ -260,6 +305,7 @@ class Dispatcher:
         if event.start_error is not None and run.ending is None:
             effect = self._failed_start(run, event.at, event.start_error, event.status)
             return [effect, *self._refill()]
+        self._learn(run, event)
         end = _end_of(run, event)
         if (
             run.ending is None
@@ -271,6 +317,13 @@ class Dispatcher:
             self._held_back.append((self._now + self._policy.signal_hold_s, end))
             return self._refill()
         return [RecordEnd(end), *self._refill()]
+
+    def _learn(self, run: Run, event: Ended) -> None:
+        """Keep a moving mean of how long single-node runs take."""
+        if run.claim.num_nodes == 1 and run.started_at is not None:
+            took_s = max((event.at - run.started_at).total_seconds(), 0.0)
+            last_s = took_s if self._usual_s is None else self._usual_s
+            self._usual_s = last_s + (took_s - last_s) / 8
 
     def _run(self, task_id: int, attempt: int) -> Run | None:
         run = self._runs.get(task_id)
@@ -287,8 +340,11 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ ending tasks
 
-    def _kill(self, pairs: Iterable[Pair]) -> list[Effect]:
+    def _kill(self, pairs: frozenset[Pair]) -> list[Effect]:
         effects: list[Effect] = []
+        for claim in [c for c in self._ahead if (c.id, c.attempt) in pairs]:
+            self._ahead.remove(claim)
+            effects.append(_give_back(claim))
         for task_id, attempt in pairs:
             run = self._run(task_id, attempt)
             if run is not None and run.ending is None:
@@ -313,6 +369,7 @@ class Dispatcher:
         is_second = self.is_leaving
         self._leaving = self._leaving or reason
         effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
+        effects += self._give_back_ahead()
         for _, end in self._held_back:
             effects.append(RecordEnd(_explained(end, reason)))
         self._held_back.clear()
@@ -328,6 +385,7 @@ class Dispatcher:
         """Others may run our tasks: end them at once and report nothing."""
         self._leaving = reason
         self._held_back.clear()
+        self._ahead.clear()
         for run in self._runs.values():
             run.ending = Ending.LOST
         self._is_lost = True
@@ -399,6 +457,7 @@ class Dispatcher:
                     RecordEnd(End(id=task_id, attempt=attempt, outcome=Outcome.GIVEN_BACK))
                 )
         for task_id, attempt in sorted((event.known & self.known) - event.held):
+            self._ahead = deque(c for c in self._ahead if c.id != task_id)
             run = self._run(task_id, attempt)
             if run is not None and run.ending is not Ending.LOST:
                 run.ending = Ending.LOST
@@ -407,6 +466,11 @@ class Dispatcher:
 
 
 # ---------------------------------------------------------------------------- what an end means
+
+
+def _give_back(claim: Claim, *, at: datetime | None = None) -> RecordEnd:
+    """Report a claim that was never started."""
+    return RecordEnd(End(id=claim.id, attempt=claim.attempt, outcome=Outcome.GIVEN_BACK, at=at))
 
 
 def _end_of(run: Run, event: Ended) -> End:

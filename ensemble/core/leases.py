@@ -89,17 +89,16 @@ class Lease:
             StoreUnavailableError: The database cannot be reached.
         """
         minutes = _FOR_EVER if room.left_s is None else int(room.left_s // 60)
-        async with wrapped(), self._pool.acquire() as connection, connection.transaction():
-            taken = await connection.fetch(
-                "SELECT id FROM claim_tasks($1, $2, $3, $4, $5)",
+        async with wrapped():
+            rows = await self._pool.fetch(
+                "SELECT * FROM claim_tasks($1, $2, $3, $4, $5, $6)",
                 self.id,
                 None if workflows is None else list(workflows),
                 room.nodes,
                 minutes,
+                room.ahead,
                 room.max_tasks,
             )
-            ids = [row["id"] for row in taken]
-            rows = await connection.fetch(queries()["claim_specs"], ids) if ids else []
         return [_claim(row) for row in rows]
 
     async def start(self, starts: Sequence[Start]) -> Verdicts:

@@ -230,12 +230,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a launcher can start now: never ask the store for more."""
+    """What a launcher can start now, or in a moment: never ask the store for more."""
 
     nodes: int
     #: Seconds until the launcher must be done; None is for ever.
     left_s: float | None
     max_tasks: int
+    #: Single-node tasks to take besides, to be started as nodes become free.
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

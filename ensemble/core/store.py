@@ -267,8 +267,8 @@ class Store:
     async def check(self) -> list[Problem]:
         """Look for broken invariants; none are found in a healthy store."""
         problems = []
-        async with wrapped(), self.pool.acquire() as connection:
-            await connection.execute("SET statement_timeout = 0")
+        async with wrapped(), self.pool.acquire() as connection, connection.transaction():
+            await connection.execute("SET LOCAL statement_timeout = 0")
             for check in CHECKS:
                 rows = await connection.fetch(queries()[check], timeout=_LONG_S)
                 problems += [

@@ -7,7 +7,7 @@ with, or by its session. A program that clears its environment, forks twice *and
 while it hangs on its task; once it has detached, it is the guard that ends it, when the launcher ends.
 
 No signal can hit a stranger that got the number of a process that has gone: signals go through pidfds, opened
-first and then compared with what was looked at, or to the process group of a child that is not reaped yet.
+first and then compared with what was looked at. `tasktree.py` does the finding and the ending.
 """
 
 from __future__ import annotations
@@ -25,25 +25,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from ensemble.core.model import LauncherIdentity
-from ensemble.drivers import proctree
+from ensemble.drivers import proctree, tasktree
 from ensemble.drivers.proctree import Stat
 from ensemble.errors import LaunchError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-#: How soon to look again at a tree of which nothing was heard; it is the ends of processes that wake, not this.
-_LOOK_AGAIN_S = 0.25
-#: How long a program may take to replace itself (execve), while which its environment looks empty.
-_EXEC_S = 0.005
-
-#: Children started by `start` and not reaped yet, by pid.
-_roots: dict[int, Process] = {}
-#: When each `start` under way began, in ticks, by thread: its child may not be in `_roots` yet.
-_starting: dict[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +164,7 @@ class Process:
 
     def _close(self, result: Exit) -> None:
         self.exit = result
-        _roots.pop(self.pid, None)
+        tasktree.roots.discard(self.pid)
         if self._exited is not None:
             loop = self._exited.get_loop()
             loop.remove_reader(self.pidfd)
@@ -199,13 +189,13 @@ def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Pat
         LaunchError: It could not be started; nothing of it runs.
     """
     thread = threading.get_ident()
-    _starting[thread] = _now_ticks()
+    tasktree.starting[thread] = tasktree.now_ticks()
     try:
         return _start(argv, env, cwd, output)
     except (OSError, ValueError) as error:
         raise LaunchError(_explain(error, argv)) from error
     finally:
-        del _starting[thread]
+        del tasktree.starting[thread]
 
 
 async def end_tree(process: Process, *, grace_s: float) -> int:
@@ -220,7 +210,7 @@ async def end_tree(process: Process, *, grace_s: float) -> int:
     Returns:
         How many processes there were.
     """
-    with _Tree(process) as tree:
+    with tasktree.Tree(process) as tree:
         await tree.end(grace_s)
         return tree.count
 
@@ -231,9 +221,9 @@ async def sweep(process: Process, *, grace_s: float) -> int:
     Returns:
         How many processes were left.
     """
-    if not _list_strays():
+    if not tasktree.list_strays():
         return 0
-    with _Tree(process) as tree:
+    with tasktree.Tree(process) as tree:
         await tree.end(grace_s)
         return tree.count
 
@@ -261,7 +251,7 @@ def sweep_token(prefix: str, *, timeout_s: float = 10.0) -> Swept:
     killed: set[tuple[int, int]] = set()
     while targets := _find_marked(prefix):
         killed |= {(stat.pid, stat.start_ticks) for stat in targets}
-        _kill_and_wait(targets, min(_LOOK_AGAIN_S, timeout_s))
+        _kill_and_wait(targets, min(0.25, timeout_s))
         if time.monotonic() > end:
             left = tuple(sorted(stat.pid for stat in _find_marked(prefix)))
             return Swept(len(killed) - len(left), left)
@@ -329,150 +319,6 @@ def tail(path: Path, lines: int, max_bytes: int = 16384) -> str:
     return "\n".join(text.rstrip("\n").split("\n")[-lines:])
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    stat: Stat
-    pidfd: int
-
-
-class _Tree:
-    """The living processes of one task, each held by a pidfd."""
-
-    def __init__(self, process: Process) -> None:
-        """Know the task; `look` finds its processes."""
-        self._process = process
-        self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
-        self._held: dict[int, _Held] = {}
-        self._met: set[tuple[int, int]] = set()
-        self._untouchable: set[tuple[int, int]] = set()
-        #: Whether the last look met a process that may turn out to belong here: one on its way into a program, or
-        #: out of life, shows no environment.
-        self._has_unsure = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pid in list(self._held):
-            self._release(pid)
-
-    @property
-    def count(self) -> int:
-        """How many processes were met."""
-        return len(self._met)
-
-    def look(self) -> list[_Held]:
-        """Find processes that were not known, reap those that ended; return the new ones."""
-        self._changed.clear()
-        self._has_unsure = False
-        found = []
-        for stat in self._find():
-            if stat.is_zombie:
-                self._reap(stat)
-            elif stat.pid not in self._held and (held := self._hold(stat)):
-                self._process.sessions.add(stat.sid)
-                found.append(held)
-        return found
-
-    async def end(self, grace_s: float) -> None:
-        """End what there is, and what shows up while it ends."""
-        if await self._is_left() and grace_s > 0:
-            self._terminate(list(self._held.values()))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    while self._held:
-                        self._terminate_orphans(await self._look_on_change())
-        while await self._is_left():
-            for held in list(self._held.values()):
-                self._send(held, signal.SIGKILL)
-            await self._look_on_change()
-
-    async def _is_left(self) -> bool:
-        """Look, twice where one look cannot tell."""
-        self.look()
-        if not self._held and self._has_unsure:
-            await asyncio.sleep(_EXEC_S)
-            self.look()
-        return bool(self._held)
-
-    async def _look_on_change(self) -> list[_Held]:
-        """Look again once a process has ended."""
-        if self._held:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_AGAIN_S):
-                    await self._changed.wait()
-        return self.look()
-
-    def _terminate(self, held: Sequence[_Held]) -> None:
-        """Send TERM, the root first; what is stopped must go on to take it."""
-        for each in held:
-            self._send(each, signal.SIGTERM)
-            if each.stat.is_stopped:
-                self._send(each, signal.SIGCONT)
-
-    def _terminate_orphans(self, newcomers: Sequence[_Held]) -> None:
-        """Send TERM to what was overlooked. What a living parent starts now may be its clean-up: it is let be."""
-        self._terminate([each for each in newcomers if each.stat.ppid == os.getpid()])
-
-    def _find(self) -> list[Stat]:
-        """Look at the root and what is recognised as the task's, with everything below."""
-        tops = [] if self._process.exit else [proctree.read_stat(self._process.pid)]
-        tops += [stat for stat in _list_strays() if self._is_ours(stat)]
-        children = proctree.children_reader()
-        return list(proctree.walk([stat for stat in tops if stat is not None], children))
-
-    def _is_ours(self, stat: Stat) -> bool:
-        if (stat.pid, stat.start_ticks) in self._met:
-            return True
-        environ = proctree.read_environ(stat.pid)
-        token = proctree.parse_token(environ)
-        if token is not None:
-            return token == self._process.marker
-        if stat.sid in self._process.sessions:
-            return True
-        self._has_unsure = self._has_unsure or not (environ or stat.is_zombie)
-        return False
-
-    def _hold(self, stat: Stat) -> _Held | None:
-        """Open a pidfd for what was looked at; None when it has gone, or is not ours to signal."""
-        key = (stat.pid, stat.start_ticks)
-        pidfd = None if key in self._untouchable else _open_pidfd(stat)
-        if pidfd is None:
-            return None
-        self._held[stat.pid] = held = _Held(stat, pidfd)
-        self._met.add(key)
-        self._loop.add_reader(pidfd, self._on_end, stat.pid)
-        return held
-
-    def _on_end(self, pid: int) -> None:
-        self._release(pid)
-        self._changed.set()
-
-    def _release(self, pid: int) -> None:
-        held = self._held.pop(pid)
-        self._loop.remove_reader(held.pidfd)
-        os.close(held.pidfd)
-
-    def _send(self, held: _Held, number: int) -> None:
-        if self._held.get(held.stat.pid) is not held:
-            return
-        try:
-            signal.pidfd_send_signal(held.pidfd, number)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            # A set-uid program that runs as another user; to wait for it would be to wait for ever.
-            self._untouchable.add((held.stat.pid, held.stat.start_ticks))
-            self._release(held.stat.pid)
-
-    def _reap(self, stat: Stat) -> None:
-        if stat.pid == self._process.pid:
-            self._process.collect()
-        elif stat.ppid == os.getpid():
-            _reap_adopted(stat.pid)
-
-
 def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path) -> Process:
     if not argv or not argv[0]:
         raise ValueError("the command is empty")
@@ -501,7 +347,7 @@ def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path)
     stat = proctree.read_stat(child.pid)
     ticks = stat.start_ticks if stat else 0
     process = Process(child.pid, pidfd, ticks, env.get(proctree.TOKEN_VARIABLE))
-    _roots[child.pid] = process
+    tasktree.roots.add(child.pid)
     return process
 
 
@@ -529,44 +375,6 @@ def _explain(error: OSError | ValueError, argv: Sequence[str]) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _list_strays() -> list[Stat]:
-    """List adopted children, with the sessions that tell them from our own; reap those that have ended.
-
-    A child that is neither in `_roots` nor older than every `start` under way may be one that is just being
-    started, so its end is left to `start`.
-    """
-    me, session = os.getpid(), os.getsid(0)
-    before = min([_now_ticks(), *_starting.values()])
-    strays = []
-    for pid in proctree.children_reader()(me):
-        stat = None if pid in _roots else proctree.read_stat(pid)
-        if stat is None or stat.ppid != me or stat.sid == session:
-            continue
-        if stat.is_zombie and stat.start_ticks < before:
-            _reap_adopted(pid)
-        else:
-            strays.append(stat)
-    return strays
-
-
-def _reap_adopted(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
-
-
-def _open_pidfd(stat: Stat) -> int | None:
-    """Open a handle on the very process that was looked at; None when it has gone."""
-    try:
-        pidfd = os.pidfd_open(stat.pid)
-    except ProcessLookupError:
-        return None
-    now = proctree.read_stat(stat.pid)
-    if now is None or now.start_ticks != stat.start_ticks:
-        os.close(pidfd)
-        return None
-    return pidfd
-
-
 def _find_marked(prefix: str) -> list[Stat]:
     """Find this user's living processes with such a marker, and what is below them."""
     marked = [stat for stat in proctree.scan().values() if _is_marked(stat.pid, prefix)]
@@ -585,7 +393,7 @@ def _kill_and_wait(targets: Sequence[Stat], timeout_s: float) -> None:
     """Kill processes; return when all are gone, or after a while."""
     end = time.monotonic() + timeout_s
     poll = select.poll()
-    pidfds = {pidfd for stat in targets if (pidfd := _open_pidfd(stat)) is not None}
+    pidfds = {pidfd for stat in targets if (pidfd := tasktree.open_pidfd(stat)) is not None}
     waiting = set(pidfds)
     try:
         for pidfd in pidfds:
@@ -599,11 +407,6 @@ def _kill_and_wait(targets: Sequence[Stat], timeout_s: float) -> None:
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
-
-
-def _now_ticks() -> int:
-    """Return now, in the unit of `Stat.start_ticks`."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
 
 
 def _prctl(option: int, value: int) -> None:

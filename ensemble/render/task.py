@@ -11,7 +11,7 @@ import click
 from ensemble.core.model import Task, TaskDetail
 from ensemble.render import tables
 from ensemble.render.document import elapsed_s
-from ensemble.render.text import clean_lines, group_nodes, local_time, span
+from ensemble.render.text import clean_lines, group_nodes, local_time, plural, span
 
 #: Part of the specification that `show` names only when it is not this.
 _DEFAULTS: dict[str, Any] = {"gpus_per_rank": 0, "wait_for_parents": True}
@@ -62,7 +62,7 @@ def _state(task: Task) -> str:
 
 
 def _needs(task: Task) -> str:
-    needs = [f"{task.num_nodes} nodes x {task.ranks_per_node} ranks"]
+    needs = [f"{plural(task.num_nodes, 'node')} x {plural(task.ranks_per_node, 'rank')}"]
     if task.wall_time_minutes:
         needs.append(f"about {task.wall_time_minutes} min")
     if task.time_limit_minutes is not None:

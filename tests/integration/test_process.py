@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from ensemble.drivers import process, proctree
+from ensemble.drivers import process, proctree, tasktree
 from ensemble.drivers.process import Exit, Process
 from ensemble.errors import LaunchError
 
 pytestmark = pytest.mark.filterwarnings('ignore:Overriding the "event_loop_policy" fixture')
 
-TOKEN = "7.41.1"
+#: Of this test run alone: several may go on at once on one host.
+LEASE = f"7{os.getpid()}"
+TOKEN = f"{LEASE}.41.1"
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -40,14 +42,14 @@ def subreaper() -> Iterator[None]:
     yield
     end = time.monotonic() + 1
     # Whatever is looked for next reaps adopted zombies; only the living would stay.
-    while left := {stat.pid for stat in process._list_strays()} - before:
+    while left := {stat.pid for stat in tasktree.list_strays()} - before:
         if time.monotonic() > end:
             break
     left |= set(proctree.list_children(os.getpid())) - before
     for pid in left:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    process._roots.clear()
+    tasktree.roots.clear()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     assert not left, "processes were left behind"
 
@@ -331,7 +333,7 @@ async def test_a_daemon_of_a_living_task_is_ended_with_it(tmp_path: Path) -> Non
 async def test_a_daemon_left_behind_is_swept(tmp_path: Path) -> None:
     task = python(tmp_path, DAEMON, "pid", "no", "/bin/sleep", "100")
     assert (await task.wait()).code == 0
-    other = shell(tmp_path / "other", "true", ENSEMBLE_TASK_TOKEN="7.42.1")
+    other = shell(tmp_path / "other", "true", ENSEMBLE_TASK_TOKEN=f"{LEASE}.42.1")
     await other.wait()
     await eventually(lambda: read_pid(tmp_path / "pid") > 0)
     assert await process.sweep(other, grace_s=0) == 0
@@ -367,7 +369,7 @@ async def test_adopted_zombies_are_reaped_and_nothing_else(tmp_path: Path) -> No
 
     waiting = start(tmp_path, "true")
     await eventually(lambda: waiting.pid in zombies())
-    await eventually(lambda: zombies() == [waiting.pid] or not process._list_strays())
+    await eventually(lambda: zombies() == [waiting.pid] or not tasktree.list_strays())
     assert zombies() == [waiting.pid]
     assert (await waiting.wait()).code == 0
 
@@ -416,7 +418,7 @@ async def test_fifty_at_once(tmp_path: Path) -> None:
         task = await loop.run_in_executor(
             None,
             lambda: shell(
-                tmp_path / str(n), f"sleep 0.05; exit {n}", ENSEMBLE_TASK_TOKEN=f"7.{n}.1"
+                tmp_path / str(n), f"sleep 0.05; exit {n}", ENSEMBLE_TASK_TOKEN=f"{LEASE}.{n}.1"
             ),
         )
         result = await task.wait()
@@ -435,16 +437,14 @@ async def test_two_hundred_starts_leave_no_file_open(tmp_path: Path) -> None:
         await task.wait()
         (tmp_path / "x.out").unlink()
     assert len(os.listdir("/proc/self/fd")) == fds
-    assert process._roots == {}
+    assert tasktree.roots == set()
 
 
 async def test_a_lost_launchers_tasks_are_found_by_their_marker(tmp_path: Path) -> None:
-    mine = shell(
-        tmp_path, "setsid sleep 100 & env -i sleep 100 & wait", ENSEMBLE_TASK_TOKEN="4.1.1"
-    )
-    other = start(tmp_path, "sleep", "100", token="41.1.1")
+    mine = shell(tmp_path, "setsid sleep 100 & env -i sleep 100 & wait", ENSEMBLE_TASK_TOKEN=TOKEN)
+    other = start(tmp_path, "sleep", "100", token=f"{LEASE}1.1.1")
     await eventually(lambda: len(proctree.list_children(mine.pid)) == 2)
-    swept = await asyncio.to_thread(process.sweep_token, "4.")
+    swept = await asyncio.to_thread(process.sweep_token, f"{LEASE}.")
     assert swept == (3, ())
     assert (await mine.wait()).signal == signal.SIGKILL
     assert other.exit is None

@@ -300,19 +300,30 @@ BEGIN
   END IF;
 END $$;
 
--- claim_tasks(lease, workflows, nodes, minutes, limit): for whole free nodes, the best tasks that
--- fit: priority, then larger, then longer. Exact greedy order; locks little more than it takes.
+-- claim_tasks(lease, workflows, nodes, minutes, ahead, limit): for whole free nodes, the best tasks
+-- that fit: priority, then larger, then longer; and up to `ahead` single-node tasks more, to start
+-- as nodes become free. Exact greedy order; locks little more than it takes. All that it takes to
+-- run them comes back with them, in claim order: one round trip.
+DROP FUNCTION IF EXISTS claim_tasks(bigint, int[], int, int, int);
 CREATE OR REPLACE FUNCTION claim_tasks(
-  p_lease bigint, p_workflows int[], p_nodes int, p_minutes int, p_limit int
-) RETURNS TABLE (id bigint, attempt int)
+  p_lease bigint, p_workflows int[], p_nodes int, p_minutes int, p_ahead int, p_limit int
+) RETURNS TABLE (
+  id bigint, attempt int, name text, workflow text, app text, argv text[], workdir text,
+  num_nodes int, ranks_per_node int, threads_per_rank int, threads_per_core int,
+  gpus_per_rank int, node_packing_count int, wall_time_minutes int,
+  time_limit_minutes double precision, environ jsonb, env_script text, mpi_flags text[],
+  cpu_affinity text, parent_ids bigint[]
+)
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
 DECLARE
   v_ids bigint[] := '{}';
   v_more bigint[];
-  v_free int := p_nodes;
+  v_free int := p_nodes + p_ahead;
+  v_widest int;
   v_size record;
   v_priority int := 2147483647;
-  v_nodes int := p_nodes;
+  v_nodes int := 2147483647;
   v_probes int := 0;
 BEGIN
   IF NOT is_lease_active(p_lease) THEN
@@ -320,21 +331,21 @@ BEGIN
   END IF;
   WHILE v_free > 0 AND cardinality(v_ids) < p_limit AND v_probes < 200 LOOP
     v_probes := v_probes + 1;
+    v_widest := greatest(v_free - p_ahead, 1);   -- what is taken ahead is one node wide
+    v_nodes := least(v_nodes, v_widest);
     SELECT * INTO v_size FROM next_size(p_workflows, v_priority, v_nodes);
     EXIT WHEN NOT FOUND;
     v_priority := v_size.priority;
     v_nodes := v_size.num_nodes;
-    IF v_nodes > v_free THEN
-      v_nodes := v_free;             -- too wide for what is left: look below it
-      CONTINUE;
-    END IF;
+    CONTINUE WHEN v_nodes > v_widest;            -- too wide for what is left: look below it
     SELECT coalesce(array_agg(l), '{}') INTO v_more
       FROM lock_runnable(p_workflows, v_priority, v_nodes, p_minutes,
-                         least(v_free / v_nodes, p_limit - cardinality(v_ids))) l;
+                         least(CASE WHEN v_nodes = 1 THEN v_free ELSE v_widest / v_nodes END,
+                               p_limit - cardinality(v_ids))) l;
     v_ids := v_ids || v_more;
     v_free := v_free - v_nodes * cardinality(v_more);
     v_nodes := v_nodes - 1;
-    IF v_nodes = 0 THEN              -- done with this priority
+    IF v_nodes = 0 THEN                          -- done with this priority
       EXIT WHEN v_priority = -2147483648;
       v_priority := v_priority - 1;
       v_nodes := 2147483647;
@@ -347,12 +358,21 @@ BEGIN
     WITH taken AS (
       UPDATE task t SET lease_id = p_lease, attempt = t.attempt + 1
        WHERE t.id = ANY (v_ids)
-      RETURNING t.id, t.attempt
+      RETURNING t.*
     ), opened AS (
       INSERT INTO ensemble.attempt (task_id, attempt, lease_id)
       SELECT k.id, k.attempt, p_lease FROM taken k
     )
-    SELECT k.id, k.attempt FROM taken k;
+    SELECT k.id, k.attempt, s.name, w.name, a.name, s.argv, s.workdir, k.num_nodes,
+           k.ranks_per_node, s.threads_per_rank, s.threads_per_core, s.gpus_per_rank,
+           k.node_packing_count, k.wall_time_minutes, s.time_limit_minutes, s.environ,
+           s.env_script, s.mpi_flags, s.cpu_affinity,
+           ARRAY (SELECT p.parent_id FROM task_parent p WHERE p.child_id = k.id ORDER BY 1)
+      FROM taken k
+      JOIN task_spec s ON s.task_id = k.id
+      JOIN ensemble.workflow w ON w.id = k.workflow_id
+      LEFT JOIN ensemble.app a ON a.id = k.app_id
+     ORDER BY k.priority DESC, k.num_nodes DESC, k.wall_time_minutes DESC, k.id;
 END $$;
 
 -- ------------------------------------------------------------------------------- reports

@@ -212,20 +212,6 @@ UPDATE lease
  WHERE id = $1 AND state = 'ACTIVE'
 RETURNING pg_postmaster_start_time() AS server_started_at
 
--- claim_specs(ids)
--- What it takes to run the tasks that `claim_tasks` took, in the order they were asked for.
-SELECT t.id, t.attempt, s.name, w.name AS workflow, a.name AS app, s.argv, s.workdir, t.num_nodes,
-       t.ranks_per_node, s.threads_per_rank, s.threads_per_core, s.gpus_per_rank,
-       t.node_packing_count, t.wall_time_minutes, s.time_limit_minutes, s.environ, s.env_script,
-       s.mpi_flags, s.cpu_affinity,
-       ARRAY (SELECT p.parent_id FROM task_parent p WHERE p.child_id = t.id ORDER BY 1) AS parent_ids
-  FROM task t
-  JOIN task_spec s ON s.task_id = t.id
-  JOIN workflow w ON w.id = t.workflow_id
-  LEFT JOIN app a ON a.id = t.app_id
- WHERE t.id = ANY ($1::bigint[])
- ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
-
 -- select_held(lease)
 -- What the store says this lease holds; compared with what the launcher knows.
 SELECT id, attempt, state FROM task WHERE lease_id = $1

@@ -1,0 +1,142 @@
+"""`ensemble launch`, and what its guard calls when the launcher is lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from ensemble.cli.options import Amount, examples
+from ensemble.cli.session import Session
+from ensemble.errors import LaunchError, UsageError
+
+if TYPE_CHECKING:
+    from ensemble.api import Client
+    from ensemble.service.options import LaunchOptions
+
+
+@click.command(
+    epilog=examples(
+        "ensemble launch --nodes 2", "ensemble launch --wf-filter screen --time-limit-minutes 60"
+    )
+)
+@click.option(
+    "--job-mode",
+    type=click.Choice(["mpi", "serial"]),
+    default="mpi",
+    show_default=True,
+    help="mpi: one MPI launch per task, on whole nodes; any program, MPI or not.",
+)
+@click.option(
+    "--wf-filter", metavar="TEXT", help="Take only workflows whose name contains TEXT. [all]"
+)
+@click.option(
+    "--time-limit-minutes",
+    type=Amount(),
+    metavar="MINUTES",
+    help="Leave after so many minutes. [default: when the allocation ends]",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Use N nodes of the allocation, or make N virtual ones on this machine. [default: all]",
+)
+@click.option(
+    "--idle-timeout",
+    type=Amount(may_be_zero=True),
+    metavar="SECONDS",
+    help="Leave after so long with nothing to do. [default: the site's setting, 60]",
+)
+@click.option("--persistent", is_flag=True, help="Stay when there is nothing to do.")
+@click.option("--debug", is_flag=True, help="Log each event and effect.")
+@click.pass_obj
+def launch(
+    session: Session,
+    job_mode: str,
+    wf_filter: str | None,
+    time_limit_minutes: float | None,
+    nodes: int | None,
+    idle_timeout: float | None,
+    persistent: bool,
+    debug: bool,
+) -> None:
+    """Run tasks on the nodes of this allocation or machine.
+
+    Takes tasks, largest first, until none is left that it could run or the time is over. TERM, INT,
+    HUP, USR1 and USR2 end it in good order: what runs is stopped and may run again.
+    """
+    if job_mode != "mpi":
+        raise UsageError("--job-mode serial: this release runs mpi mode only (--job-mode mpi)")
+    from ensemble.service.options import LaunchOptions
+
+    options = LaunchOptions(
+        wf_filter=wf_filter,
+        time_limit_minutes=time_limit_minutes,
+        nodes=nodes,
+        idle_timeout_s=idle_timeout,
+        is_persistent=persistent,
+        debug=debug or session.is_debug,
+    )
+    site = session.site()
+    _enter_guard(str(site.path), options)
+    from ensemble.service import launch as service
+
+    click.get_current_context().exit(service.main(site, options))
+
+
+@click.command("release-lease", hidden=True)
+@click.argument("lease_id", type=click.IntRange(min=0, max=2**63 - 1))
+@click.pass_obj
+def release_lease(session: Session, lease_id: int) -> None:
+    """Close the lease of a launcher that is gone; called by its guard, which left nothing running."""
+
+    async def release(client: Client) -> None:
+        from ensemble.core.leases import Reaping
+
+        reaping = Reaping(client.store.pool)
+        await reaping.close(lease_id, state="RELEASED", evidence="released by its guard")
+        await reaping.release()
+
+    session.run(release)
+
+
+def launch_argv(site: str, options: LaunchOptions) -> list[str]:
+    """Return the command line that asks for the same launch again."""
+    argv = [*_program(site), "launch", "--job-mode", str(options.job_mode)]
+    for flag, value in (
+        ("--wf-filter", options.wf_filter),
+        ("--time-limit-minutes", options.time_limit_minutes),
+        ("--nodes", options.nodes),
+        ("--idle-timeout", options.idle_timeout_s),
+    ):
+        if value is not None:
+            argv.append(f"{flag}={value}")
+    if options.is_persistent:
+        argv.append("--persistent")
+    if options.debug:
+        argv.append("--debug")
+    return argv
+
+
+def _program(site: str) -> list[str]:
+    # -P: a file of the current directory must not stand in for a module.
+    return [sys.executable, "-P", "-m", "ensemble", "--site", site]
+
+
+def _enter_guard(site: str, options: LaunchOptions) -> None:
+    """Become the guard, which starts this command again as its child; return in that child."""
+    from ensemble.drivers.guardlink import GuardLink, guard_argv
+
+    # Not the variable alone: a task that launches has inherited the one of its own launcher.
+    if GuardLink.from_environ(os.environ) is not None:
+        return
+    argv = guard_argv(
+        launch_argv(site, options), on_loss=[*_program(site), "release-lease", "{lease}"]
+    )
+    try:
+        os.execv(argv[0], argv)  # noqa: S606 - no shell
+    except OSError as error:
+        raise LaunchError(f"cannot start the launcher's guard: {error.strerror}") from error

@@ -1,0 +1,219 @@
+"""The living processes of one task: found, held, ended, and reaped where nobody else will."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from ensemble.drivers import proctree
+from ensemble.drivers.proctree import Stat
+
+if TYPE_CHECKING:
+    from ensemble.drivers.process import Process
+
+#: How soon to look again at a tree of which nothing was heard; it is the ends of processes that wake, not this.
+_LOOK_AGAIN_S = 0.25
+#: How long a program may take to replace itself (execve), while which its environment looks empty.
+_EXEC_S = 0.005
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+#: Children that were started as the roots of tasks and are not reaped yet.
+roots: set[int] = set()
+#: When each start under way began, in ticks, by thread: its child may not be in `roots` yet.
+starting: dict[int, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A living process, with a handle that cannot pass to another."""
+
+    stat: Stat
+    pidfd: int
+
+
+class Tree:
+    """The living processes of one task, each held by a pidfd."""
+
+    def __init__(self, process: Process) -> None:
+        """Know the task; `look` finds its processes."""
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._held: dict[int, Held] = {}
+        self._met: set[tuple[int, int]] = set()
+        self._untouchable: set[tuple[int, int]] = set()
+        #: Whether the last look met a process that may turn out to belong here: one on its way into a program, or
+        #: out of life, shows no environment.
+        self._has_unsure = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in list(self._held):
+            self._release(pid)
+
+    @property
+    def count(self) -> int:
+        """How many processes were met."""
+        return len(self._met)
+
+    def look(self) -> list[Held]:
+        """Find processes that were not known, reap those that ended; return the new ones."""
+        self._changed.clear()
+        self._has_unsure = False
+        found = []
+        for stat in self._find():
+            if stat.is_zombie:
+                self._reap(stat)
+            elif stat.pid not in self._held and (held := self._hold(stat)):
+                self._process.sessions.add(stat.sid)
+                found.append(held)
+        return found
+
+    async def end(self, grace_s: float) -> None:
+        """End what there is, and what shows up while it ends."""
+        if await self._is_left() and grace_s > 0:
+            self._terminate(list(self._held.values()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    while self._held:
+                        self._terminate_orphans(await self._look_on_change())
+        while await self._is_left():
+            for held in list(self._held.values()):
+                self._send(held, signal.SIGKILL)
+            await self._look_on_change()
+
+    async def _is_left(self) -> bool:
+        """Look, twice where one look cannot tell."""
+        self.look()
+        if not self._held and self._has_unsure:
+            await asyncio.sleep(_EXEC_S)
+            self.look()
+        return bool(self._held)
+
+    async def _look_on_change(self) -> list[Held]:
+        """Look again once a process has ended."""
+        if self._held:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await self._changed.wait()
+        return self.look()
+
+    def _terminate(self, held: Sequence[Held]) -> None:
+        """Send TERM, the root first; what is stopped must go on to take it."""
+        for each in held:
+            self._send(each, signal.SIGTERM)
+            if each.stat.is_stopped:
+                self._send(each, signal.SIGCONT)
+
+    def _terminate_orphans(self, newcomers: Sequence[Held]) -> None:
+        """Send TERM to what was overlooked. What a living parent starts now may be its clean-up: it is let be."""
+        self._terminate([each for each in newcomers if each.stat.ppid == os.getpid()])
+
+    def _find(self) -> list[Stat]:
+        """Look at the root and what is recognised as the task's, with everything below."""
+        tops = [] if self._process.exit else [proctree.read_stat(self._process.pid)]
+        tops += [stat for stat in list_strays() if self._is_ours(stat)]
+        children = proctree.children_reader()
+        return list(proctree.walk([stat for stat in tops if stat is not None], children))
+
+    def _is_ours(self, stat: Stat) -> bool:
+        if (stat.pid, stat.start_ticks) in self._met:
+            return True
+        environ = proctree.read_environ(stat.pid)
+        token = proctree.parse_token(environ)
+        if token is not None:
+            return token == self._process.marker
+        if stat.sid in self._process.sessions:
+            return True
+        self._has_unsure = self._has_unsure or not (environ or stat.is_zombie)
+        return False
+
+    def _hold(self, stat: Stat) -> Held | None:
+        """Open a pidfd for what was looked at; None when it has gone, or is not ours to signal."""
+        key = (stat.pid, stat.start_ticks)
+        pidfd = None if key in self._untouchable else open_pidfd(stat)
+        if pidfd is None:
+            return None
+        self._held[stat.pid] = held = Held(stat, pidfd)
+        self._met.add(key)
+        self._loop.add_reader(pidfd, self._on_end, stat.pid)
+        return held
+
+    def _on_end(self, pid: int) -> None:
+        self._release(pid)
+        self._changed.set()
+
+    def _release(self, pid: int) -> None:
+        held = self._held.pop(pid)
+        self._loop.remove_reader(held.pidfd)
+        os.close(held.pidfd)
+
+    def _send(self, held: Held, number: int) -> None:
+        if self._held.get(held.stat.pid) is not held:
+            return
+        try:
+            signal.pidfd_send_signal(held.pidfd, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            # A set-uid program that runs as another user; to wait for it would be to wait for ever.
+            self._untouchable.add((held.stat.pid, held.stat.start_ticks))
+            self._release(held.stat.pid)
+
+    def _reap(self, stat: Stat) -> None:
+        if stat.pid == self._process.pid:
+            self._process.collect()
+        elif stat.ppid == os.getpid():
+            reap_adopted(stat.pid)
+
+
+def list_strays() -> list[Stat]:
+    """List adopted children, with the sessions that tell them from our own; reap those that have ended.
+
+    A child that is neither in `roots` nor older than every `start` under way may be one that is just being
+    started, so its end is left to `start`.
+    """
+    me, session = os.getpid(), os.getsid(0)
+    before = min([now_ticks(), *starting.values()])
+    strays = []
+    for pid in proctree.children_reader()(me):
+        stat = None if pid in roots else proctree.read_stat(pid)
+        if stat is None or stat.ppid != me or stat.sid == session:
+            continue
+        if stat.is_zombie and stat.start_ticks < before:
+            reap_adopted(pid)
+        else:
+            strays.append(stat)
+    return strays
+
+
+def reap_adopted(pid: int) -> None:
+    """Reap one ended child that no other code waits for."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+
+
+def open_pidfd(stat: Stat) -> int | None:
+    """Open a handle on the very process that was looked at; None when it has gone."""
+    try:
+        pidfd = os.pidfd_open(stat.pid)
+    except ProcessLookupError:
+        return None
+    now = proctree.read_stat(stat.pid)
+    if now is None or now.start_ticks != stat.start_ticks:
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def now_ticks() -> int:
+    """Return now, in the unit of `Stat.start_ticks`."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
