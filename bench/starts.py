@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.scratch import launcher, opened, scratch_site, until_finished
 from ensemble.core.model import NewTask
 
-TASKS = 400
+TASKS = 1000
 NODES = 2
 ROUNDS = 3
 
@@ -42,7 +42,12 @@ async def run() -> dict[str, object]:
         async with scratch_site() as site, opened(site) as store:
             ids = await store.add([NewTask(command=["true"]) for _ in range(TASKS)])
             with launcher(
-                site, "--nodes", str(NODES), "--idle-timeout", "0", ENSEMBLE_MPI_WRAP_SINGLE_RANK="true"
+                site,
+                "--nodes",
+                str(NODES),
+                "--idle-timeout",
+                "0",
+                ENSEMBLE_MPI_WRAP_SINGLE_RANK="true",
             ):
                 await until_finished(store, TASKS)
                 async with store.pool.acquire() as connection:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import structlog
+if TYPE_CHECKING:  # structlog takes 40 ms to import, which most commands can do without
+    from structlog.typing import FilteringBoundLogger, Processor
 
-Logger = structlog.typing.FilteringBoundLogger
+    Logger = FilteringBoundLogger
 
 
 def get_logger(**bound: Any) -> Logger:
-    """Return a logger with *bound* keys on every line; cheap, and silent until `configure` ran."""
+    """Return a logger with *bound* keys on every line."""
+    import structlog
+
     logger: Logger = structlog.get_logger(**bound)
     return logger
 
@@ -28,8 +31,10 @@ def configure(*, as_json: bool, debug: bool = False, stream: TextIO | None = Non
         debug: Show debug events too.
         stream: Where lines go; standard error when None.
     """
+    import structlog
+
     out = stream or sys.stderr
-    renderer: structlog.typing.Processor = (
+    renderer: Processor = (
         structlog.processors.JSONRenderer()
         if as_json
         else structlog.dev.ConsoleRenderer(colors=out.isatty(), pad_event_to=24)

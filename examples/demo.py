@@ -33,6 +33,7 @@ import ising
 import ensemble
 from ensemble.core.model import Task
 from ensemble.core.states import FINAL, State
+from ensemble.errors import EnsembleError
 
 HERE = Path(__file__).resolve().parent
 NODES = 4
@@ -76,11 +77,17 @@ def shown(words: Sequence[str]) -> str:
     return "$ ensemble " + shlex.join(words)
 
 
+def environ() -> dict[str, str]:
+    """Return our environment without a site of the user's: the directory says which is meant."""
+    return {name: value for name, value in os.environ.items() if name != "ENSEMBLE_SITE"}
+
+
 def say(words: Sequence[str], *, site: Path | None = None) -> str:
-    """Show a command, run it, show and return what it printed."""
+    """Show a command, run it in the site's directory, show and return what it printed."""
     print(shown(words), flush=True)
-    place = [] if site is None else ["--site", str(site)]
-    done = subprocess.run([program(), *place, *words], text=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [program(), *words], cwd=site, env=environ(), text=True, stdout=subprocess.PIPE
+    )
     for line in done.stdout.splitlines():
         print(f"  {line}")
     if done.returncode != 0:
@@ -162,10 +169,10 @@ async def launch(site: Path, added: Ensemble) -> None:
     """Run a launcher until no work is left, with a progress line meanwhile."""
     words = ["launch", "--nodes", str(NODES), "--idle-timeout", "1"]
     log = site / "log" / "launcher.log"
-    print(f"{shown(words)} 2> {log}", flush=True)
+    print(f"{shown(words)} 2> {log.relative_to(site)}", flush=True)
     with log.open("wb") as file:
-        launcher = await asyncio.create_subprocess_exec(  # noqa: TID251 - as a user starts it
-            program(), "--site", str(site), *words, stdout=file, stderr=file
+        launcher = await asyncio.create_subprocess_exec(
+            program(), *words, cwd=site, env=environ(), stdout=file, stderr=file
         )
     async with ensemble.connect(site) as ens:
         try:
@@ -221,7 +228,7 @@ class Progress:
         ended = sum(counts[state] for state in FINAL)
         bad = counts[State.FAILED] + counts[State.USER_KILLED]
         filled = BAR * ended // total
-        counted = f"{ended:3d} of {total} ended, {counts[State.RUNNING]} running, {bad} failed"
+        counted = f"{ended:3d} of {total} tasks have ended, {bad} failed"
         elapsed = time.monotonic() - self._began
         line = f"  [{'#' * filled}{'.' * (BAR - filled)}] {counted}  {elapsed:4.1f} s"
         if self._is_terminal:
@@ -252,7 +259,7 @@ def print_sweep(found: dict[float, list[dict[str, Any]]]) -> None:
     for temperature, results in found.items():
         if temperature > ising.CRITICAL_TEMPERATURE and not is_marked:
             is_marked = True
-            print(f"{'':50s} {'T_c = 2.269 ':->{BAR + 1}}")
+            print(f"  {ising.CRITICAL_TEMPERATURE:.3f} {' T_c, infinite lattice ':-^{46 + BAR}}")
         energy, magnetisation, susceptibility, acceptance = (
             fmean(result[column] for result in results) for column in columns
         )
@@ -285,7 +292,9 @@ def print_summary(tasks: Sequence[Task]) -> int:
     print(f"  tasks        {len(tasks)}")
     print(f"  failures     {len(failed)}")
     if runs:
-        wall_s = (max(end for _, end, _ in runs) - min(start for start, _, _ in runs)).total_seconds()
+        wall_s = (
+            max(end for _, end, _ in runs) - min(start for start, _, _ in runs)
+        ).total_seconds()
         busy_s = sum((end - start).total_seconds() * nodes for start, end, nodes in runs)
         print(f"  wall time    {wall_s:.1f} s, first start to last end")
         print(f"  utilisation  {busy_s / (wall_s * NODES):.0%} of {NODES} virtual nodes")
@@ -303,8 +312,8 @@ async def show_results(site: Path, added: Ensemble) -> int:
         print(f"  as a table: {site / 'ising.csv'} (written by task {added.collect})")
         heading("Results: MPI programs")
         print_mpi([tasks[task_id] for task_id in added.mpi], ens)
-        heading("On record: every task has its history; that of the last one")
-        say(["show", str(added.collect)], site=site)
+        heading("On record: every task has its history, such as this MPI run on two nodes")
+        say(["show", str(added.mpi[1])], site=site)
         say(["db", "check"], site=site)
         heading("Summary")
         return print_summary([tasks[task_id] for task_id in added.ids])
@@ -326,6 +335,13 @@ To stop the database and remove the site:
   ensemble --site {where} db stop && rm -r {where}""")
 
 
+def first_of(error: Exception) -> Exception:
+    """Return the first error in a group of them."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def main() -> int:
     """Run the demonstration; return 0 when every task finished."""
     site = None
@@ -333,6 +349,7 @@ def main() -> int:
         site = choose_directory()
         heading("A site: a directory with a database of its own")
         say(["init", str(site)])
+        print(f"$ cd {shlex.quote(str(site))}")
         heading("Apps: how to run something")
         register_apps(site)
         heading("An ensemble: a sweep, MPI programs, and a task that waits for the sweep")
@@ -340,8 +357,8 @@ def main() -> int:
         heading(f"A launcher on {NODES} virtual nodes of this machine")
         asyncio.run(launch(site, added))
         failed = asyncio.run(show_results(site, added))
-    except (DemoError, ensemble.EnsembleError, OSError) as error:
-        print(f"\nThe demonstration failed: {error}", file=sys.stderr)
+    except (DemoError, EnsembleError, OSError, ExceptionGroup) as error:
+        print(f"\nThe demonstration failed: {first_of(error)}", file=sys.stderr)
         if site is not None:
             print(f"What there is of the site is in {site}.", file=sys.stderr)
         return 1

@@ -14,7 +14,6 @@ from ensemble.core import insertion, submission
 from ensemble.core.database import (
     Address,
     again_on_deadlock,
-    connect,
     open_pool,
     queries,
     wrapped,
@@ -68,16 +67,17 @@ class Store:
             StoreUnavailableError: It cannot be reached.
             SchemaError: Its schema is newer, older or missing.
         """
-        connection = await connect(address, name=name)  # eager: fail now, in one line
+        pool = await open_pool(address, name=name, max_size=max_size)
         try:
             top = None
-            async with wrapped():
-                if await connection.fetchval("SELECT to_regclass('schema_version')::text"):
-                    top = await connection.fetchval(queries()["schema_top"])
+            async with wrapped():  # the first connection: fail now, in one line
+                if await pool.fetchval("SELECT to_regclass('schema_version')::text"):
+                    top = await pool.fetchval(queries()["schema_top"])
             check_version(top)
-        finally:
-            connection.terminate()
-        return cls(await open_pool(address, name=name, max_size=max_size), address)
+        except BaseException:
+            pool.terminate()
+            raise
+        return cls(pool, address)
 
     async def close(self) -> None:
         """Close the connections, without waiting for a peer that is gone."""

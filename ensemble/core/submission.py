@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
 from ensemble.core.model import App, Changes, NewApp, NewTask
@@ -122,10 +123,11 @@ def workdir(task_id: int, name: str) -> str:
     return f"data/{task_id // 1000}/{name}_{task_id}"
 
 
-def split_command(command: str, *, what: str) -> list[str]:
+@lru_cache(maxsize=256)  # a hundred thousand tasks share a few commands
+def split_command(command: str, *, what: str) -> tuple[str, ...]:
     """Split a command into words as a shell would, without running one."""
     try:
-        words = shlex.split(command)
+        words = tuple(shlex.split(command))
     except ValueError as error:
         raise UsageError(f"{what}: the command cannot be split into words: {error}") from error
     if not words:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from ensemble.core.backoff import Backoff
 from ensemble.core.events import Pair
 from ensemble.core.leases import Lease, Verdicts
 from ensemble.core.model import End, Start, Verdict
 from ensemble.errors import StoreFullError, StoreUnavailableError
-from ensemble.log import Logger
+
+if TYPE_CHECKING:
+    from ensemble.log import Logger
 
 #: A batch is sent when so many reports wait, or after so long.
 BATCH = 250

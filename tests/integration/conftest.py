@@ -1,0 +1,34 @@
+"""What integration tests share: a site with launchers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from ensemble.core.store import Store
+from ensemble.site import Site
+from tests.integration.launching import Ensemble
+
+
+@pytest.fixture
+async def ens(site: Site, store: Store, eventually: Callable[..., Any]) -> AsyncIterator[Ensemble]:
+    """An empty store and launchers; afterwards nothing runs and the books are right."""
+    shutil.rmtree(site.path / "data", ignore_errors=True)
+    made = Ensemble(site, store, eventually)
+    yield made
+    running = [each for each in made.launchers if each.guard.poll() is None]
+    for launched in made.launchers:
+        launched.kill()
+    left = made.processes()
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert running == [], f"a launcher was left running:\n{running[0].log}"
+    assert left == [], "processes of tasks were left"
+    assert await store.check() == []
