@@ -13,6 +13,7 @@ import os
 import pwd
 import shutil
 import stat
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,17 @@ from ensemble.errors import ClusterError, LaunchError
 ACCOUNT_ROOT = Path("/var/lib/ensemble")
 #: Tried in this order. Other programs may run as `nobody`, and could then read the data.
 ACCOUNTS = ("postgres", "nobody")
+#: uvloop lets a child inherit the other ends of its own pipes: a server that is left behind would
+#: hold them, and whoever started it would wait for their end as long as the server lives.
+_CLOSE_DESCRIPTORS = """
+import contextlib, os, sys
+for descriptor in map(int, os.listdir("/proc/self/fd")):
+    if descriptor > 2:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+_WITHOUT_DESCRIPTORS = (sys.executable, "-ISc", _CLOSE_DESCRIPTORS)
 _NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")
 
 
@@ -59,16 +71,23 @@ class Account:
         return entry.pw_uid, entry.pw_gid
 
     async def run(
-        self, *argv: str, stdin: bytes | None = None, timeout_s: float = 120.0
+        self,
+        *argv: str,
+        stdin: bytes | None = None,
+        timeout_s: float = 120.0,
+        is_daemon: bool = False,
     ) -> process.Completed:
         """Run a program as this account, away from our directory and without libpq's variables.
+
+        Args:
+            is_daemon: It leaves a process behind, which must hold none of our descriptors.
 
         Raises:
             ClusterError: It could not be started or did not end in time.
         """
         try:
             return await process.run(
-                [*self.prefix, *argv],
+                [*(_WITHOUT_DESCRIPTORS if is_daemon else ()), *self.prefix, *argv],
                 env=environment(),
                 cwd="/",
                 stdin=stdin,
@@ -147,7 +166,8 @@ async def readable(binaries: Binaries, account: Account) -> Binaries:
     """Return *binaries*, or a copy of them under `ACCOUNT_ROOT` when *account* cannot run them."""
     if account.kind != "account":
         return binaries
-    if (await account.run(binaries.program("postgres"), "--version", timeout_s=10)).code == 0:
+    # Not by running it: setpriv keeps root's rights until after it has found the program.
+    if (await account.run("test", "-x", binaries.program("postgres"), timeout_s=10)).code == 0:
         return binaries
     _make_account_root()
     # Before the bin directory come lib and share: PostgreSQL finds them relative to its programs.

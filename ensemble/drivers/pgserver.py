@@ -125,6 +125,27 @@ async def halt(layout: Layout, settings: StoreSettings, pid: int, mode: StopMode
         raise ClusterError(f"PostgreSQL (pid {pid}) has stopped but does not end") from None
 
 
+async def find_running(layout: Layout, port: int) -> int | None:
+    """Return the pid of the server that has the data directory open here, None when none has.
+
+    One that was killed is seen for a moment yet, so only one that answers counts.
+
+    Raises:
+        ClusterError: It lives, but does not answer within a minute.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + WAIT_S
+    while (pid := pgowner.postmaster_pid(layout.data_dir)) is not None:
+        if await pgaddresses.answers(LOOPBACK, port):
+            return pid
+        if loop.time() > deadline:
+            raise ClusterError(
+                f"the server (pid {pid}) does not answer at {LOOPBACK}:{port} (see {layout.log_file})"
+            )
+        await asyncio.sleep(0.1)
+    return None
+
+
 async def wait_ready(layout: Layout) -> None:
     """Return when the server accepts connections.
 
@@ -238,6 +259,7 @@ async def _pg_ctl(layout: Layout, binaries: Binaries, *arguments: str) -> str | 
         "--wait",
         f"--timeout={WAIT_S}",
         timeout_s=WAIT_S + 15,
+        is_daemon=True,
     )
     if answer.code == 0:
         return None

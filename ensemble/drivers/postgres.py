@@ -103,16 +103,13 @@ class Cluster:
         async with self._locked():
             owner = layout.owner()
             await pgserver.refuse_other_owner(layout, owner, takeover=takeover)
-            pid = pgowner.postmaster_pid(layout.data_dir)
+            if owner is None:
+                _refuse_unrecorded(layout)
+            pid = None if owner is None else await pgserver.find_running(layout, owner.port)
             if pid is None:
                 port = None if owner is None else owner.port
                 await pgserver.launch(layout, self._settings, port)
-            elif owner is None:
-                raise ClusterError(
-                    f"a server (pid {pid}) has {layout.data_dir} open, but server.json is missing; "
-                    "stop it first (ensemble db stop)"
-                )
-            elif owner.pid != pid:
+            elif owner is not None and owner.pid != pid:
                 pgserver.own(layout, owner, pid)
             await pgserver.wait_ready(layout)
         return await self.status()
@@ -220,6 +217,15 @@ class Cluster:
 
     def _locked(self) -> contextlib.AbstractAsyncContextManager[bool]:
         return pgowner.locked(self.folder / "lock", timeout_s=2 * pgserver.WAIT_S)
+
+
+def _refuse_unrecorded(layout: Layout) -> None:
+    pid = pgowner.postmaster_pid(layout.data_dir)
+    if pid is not None:
+        raise ClusterError(
+            f"a server (pid {pid}) has {layout.data_dir} open, but server.json is missing; "
+            "stop it first (ensemble db stop)"
+        )
 
 
 def _started(layout: Layout) -> Owner:

@@ -258,6 +258,11 @@ def sweep_token(prefix: str, *, timeout_s: float = 10.0) -> Swept:
     return Swept(len(killed), ())
 
 
+def marker_prefix(lease_id: int, launcher: LauncherIdentity) -> str:
+    """Return how the markers of a launcher's tasks begin: every site counts its leases from 1."""
+    return f"{lease_id}-{launcher.pid}-{launcher.start_ticks}."
+
+
 def become_subreaper() -> None:
     """Make orphaned descendants children of this process, so that it finds and reaps them (prctl(2))."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -313,10 +318,15 @@ def tail(path: Path, lines: int, max_bytes: int = 16384) -> str:
         return ""
     if size > max_bytes:
         data = data.partition(b"\n")[2] or data
-    text = data.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+    text = printable(data.decode(errors="replace"))
+    return "\n".join(text.rstrip("\n").split("\n")[-lines:] if lines else [])
+
+
+def printable(text: str) -> str:
+    """Return what a program printed without terminal sequences and control characters, which no text may hold."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
-    return "\n".join(text.rstrip("\n").split("\n")[-lines:])
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path) -> Process:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-#: The environment variable that marks every process of a task, as `<lease>.<task>.<attempt>`.
+#: The environment variable that marks every process of a task, as `<lease>-<pid>-<ticks>.<task>.<attempt>`:
+#: the lease, the launcher (its number and when it started), the task and which try it is.
 TOKEN_VARIABLE = "ENSEMBLE_TASK_TOKEN"  # noqa: S105 - not a secret
 
 #: Tells the children of a process.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
 import asyncpg
@@ -23,7 +24,7 @@ import uvloop
 
 import ensemble
 from ensemble.config import StoreSettings
-from ensemble.drivers import certificates, pgaccount, pgowner, postgres
+from ensemble.drivers import certificates, pgaccount, pgowner
 from ensemble.drivers.pglayout import Layout
 from ensemble.drivers.postgres import Cluster, Role
 from ensemble.errors import ClusterError
@@ -76,12 +77,20 @@ def running(request, tmp_path_factory):
         end_servers(site)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A cluster to be copied: one that was never started may be moved anywhere."""
+    cluster = Cluster(tmp_path_factory.mktemp("template"), settings())
+    asyncio.run(cluster.create())
+    return cluster.folder
+
+
 @pytest.fixture
-async def cluster(tmp_path):
+async def cluster(tmp_path, template):
     """A cluster that is made, but not started."""
     cluster = Cluster(tmp_path, settings())
+    shutil.copytree(template, cluster.folder)
     try:
-        await cluster.create()
         yield cluster
         await cluster.stop("immediate")
         assert processes_in(tmp_path) == []
@@ -114,11 +123,14 @@ async def connected(cluster, role=Role.USER, **change):
         await connection.close()
 
 
-async def refusal(cluster, **change):
-    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError) as caught:
-        async with connected(cluster, **change):
-            pass
-    return caught.value
+def refusal(cluster, **change):
+    """What psql is told when it connects with a changed environment."""
+    argv, env = cluster.psql()
+    done = subprocess.run(
+        [*argv, "-c", "SELECT 1"], env=env | change, capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    return done.stderr
 
 
 @pytest.mark.parametrize("role", Role)
@@ -149,32 +161,29 @@ async def test_the_owner_owns_the_database_and_nobody_is_more_than_that(running)
                 await user.execute(statement)
 
 
-async def test_plaintext_is_refused(running):
-    assert "no pg_hba.conf entry" in str(await refusal(running, ssl=False))
+def test_plaintext_is_refused(running):
+    assert "no pg_hba.conf entry" in refusal(running, PGSSLMODE="disable")
 
 
-async def test_a_wrong_password_is_refused(running):
-    assert isinstance(await refusal(running, password="wrong"), asyncpg.InvalidPasswordError)
+def test_a_wrong_password_is_refused(running):
+    assert "password authentication failed" in refusal(running, PGPASSWORD="wrong")
 
 
-async def test_the_superuser_cannot_connect(running):
-    for database in ("ensemble", "postgres"):
-        error = await refusal(running, user="postgres", database=database)
-        assert "no pg_hba.conf entry" in str(error)
+@pytest.mark.parametrize("database", ["ensemble", "postgres"])
+def test_the_superuser_cannot_connect(running, database):
+    told = refusal(running, PGUSER="postgres", PGDATABASE=database)
+    assert "no pg_hba.conf entry" in told
 
 
-async def test_our_roles_reach_no_other_database(running):
-    assert "no pg_hba.conf entry" in str(await refusal(running, database="postgres"))
+def test_our_roles_reach_no_other_database(running):
+    assert "no pg_hba.conf entry" in refusal(running, PGDATABASE="postgres")
 
 
-async def test_a_client_notices_another_sites_server(running, tmp_path):
-    other = certificates.make_authority(
-        "other", now=postgres.pgcreation.datetime.now().astimezone()
-    )
+def test_a_client_notices_another_sites_server(running, tmp_path):
+    other = certificates.make_authority("other", now=datetime.now(UTC))
     (tmp_path / "ca.crt").write_bytes(other.certificate)
-    with pytest.raises(ssl.SSLCertVerificationError):
-        async with connected(running, ssl=pinned(tmp_path / "ca.crt")):
-            pass
+    told = refusal(running, PGSSLROOTCERT=str(tmp_path / "ca.crt"))
+    assert "certificate verify failed" in told
 
 
 def test_everything_is_private_even_under_umask_zero(running):
@@ -216,12 +225,22 @@ async def test_a_second_creation_is_refused(running):
     assert list(running.folder.parent.iterdir()) == [running.folder]
 
 
-async def test_the_server_shares_nothing_with_its_starter(running):
-    pid = (await running.status()).pid
-    assert os.getsid(pid) != os.getsid(0)
-    mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in ("0", "1", "2")} - {"/dev/null"}
-    theirs = {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
-    assert not mine & theirs
+def pipes_of(pid):
+    ends = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()]
+    return {end for end in ends if end.startswith(("pipe:", "socket:"))}
+
+
+async def test_the_server_shares_nothing_with_its_starter(cluster):
+    # Like uvloop's ends of a child's pipes: the child inherits them.
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    try:
+        pid = (await cluster.start()).pid
+        assert os.getsid(pid) != os.getsid(0)
+        assert os.readlink(f"/proc/self/fd/{write}") not in pipes_of(pid)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 async def test_one_of_two_simultaneous_creations_wins(tmp_path):
@@ -430,7 +449,8 @@ def test_it_works_under_uvloop(tmp_path):
     async def live():
         cluster = Cluster(tmp_path, settings())
         await cluster.create()
-        await cluster.start()
+        async with asyncio.timeout(20):
+            await cluster.start()
         async with connected(cluster):
             pass
         await cluster.stop()
@@ -498,7 +518,8 @@ def test_it_works_for_an_ordinary_user():
     shutil.chown(site, NOBODY, NOBODY)
     packages = Path(msgspec.__file__).parents[1]
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{project()}:{packages}"}
-    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    # env: setpriv itself finds its program with root's rights.
+    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env"]
 
     def run(*argv):
         return subprocess.run(
