@@ -11,8 +11,8 @@ from ensemble import config
 from ensemble.config import SITE_FILE, Settings, StoreSettings
 from ensemble.core.database import Address
 from ensemble.core.migrations import migrate
-from ensemble.drivers import pgowner
-from ensemble.drivers.pgfiles import Role
+from ensemble.drivers.pg import owner as pgowner
+from ensemble.drivers.pg.files import Role
 from ensemble.drivers.postgres import Cluster
 from ensemble.errors import ConfigError
 

@@ -16,12 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble.config import StoreSettings
-from ensemble.drivers import pgbinaries, pgcreation, pgowner, pgserver
-from ensemble.drivers.pgaddresses import LOOPBACK
-from ensemble.drivers.pgfiles import DATABASE, Role
-from ensemble.drivers.pglayout import Layout
-from ensemble.drivers.pgowner import Owner
-from ensemble.drivers.pgserver import StopMode
+from ensemble.drivers.pg import (
+    binaries as pgbinaries,
+    creation as pgcreation,
+    owner as pgowner,
+    server as pgserver,
+)
+from ensemble.drivers.pg.addresses import LOOPBACK
+from ensemble.drivers.pg.files import DATABASE, Role
+from ensemble.drivers.pg.layout import Layout
+from ensemble.drivers.pg.owner import Owner
+from ensemble.drivers.pg.server import StopMode
 from ensemble.errors import ClusterError
 
 __all__ = ["Cluster", "ClusterStatus", "Connection", "Role", "StopMode"]

@@ -24,8 +24,8 @@ import uvloop
 
 import ensemble
 from ensemble.config import StoreSettings
-from ensemble.drivers import certificates, pgaccount, pgowner
-from ensemble.drivers.pglayout import Layout
+from ensemble.drivers.pg import account as pgaccount, certificates, owner as pgowner
+from ensemble.drivers.pg.layout import Layout
 from ensemble.drivers.postgres import Cluster, Role
 from ensemble.errors import ClusterError
 

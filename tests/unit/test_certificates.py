@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 
-from ensemble.drivers import certificates
+from ensemble.drivers.pg import certificates, passwords
 
 NOW = datetime(2026, 5, 4, tzinfo=UTC)
 
@@ -70,7 +70,7 @@ def test_keys_and_passwords_do_not_show_in_reprs(authority):
 
 
 def test_passwords_are_long_and_need_no_quoting():
-    first, second = certificates.make_password(), certificates.make_password()
+    first, second = passwords.make_password(), passwords.make_password()
     assert first != second
     assert len(first) >= 43
     assert set(first) <= set(string.ascii_letters + string.digits + "-_")
@@ -78,7 +78,7 @@ def test_passwords_are_long_and_need_no_quoting():
 
 def test_the_verifier_agrees_with_the_example_of_rfc_7677():
     salt = base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ==")
-    verifier = certificates.scram_verifier("pencil", salt=salt)
+    verifier = passwords.scram_verifier("pencil", salt=salt)
     method, iterations_salt, keys = verifier.split("$")
     stored_key, server_key = (base64.b64decode(key) for key in keys.split(":"))
     nonce = "rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"

@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ensemble.drivers import pgaddresses, pgfiles, pgowner
-from ensemble.drivers.pgowner import Here, Owner
+from ensemble.drivers.pg import addresses as pgaddresses, files as pgfiles, owner as pgowner
+from ensemble.drivers.pg.owner import Here, Owner
 from ensemble.errors import ClusterError
 
 MOUNTS = r"""

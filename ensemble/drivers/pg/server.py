@@ -10,13 +10,18 @@ import msgspec
 
 from ensemble import log
 from ensemble.config import StoreSettings
-from ensemble.drivers import pgaccount, pgaddresses, pgbinaries, pgowner
-from ensemble.drivers.pgaddresses import LOOPBACK
-from ensemble.drivers.pgbinaries import Binaries
-from ensemble.drivers.pgcreation import has_tls, issue_certificate
-from ensemble.drivers.pgfiles import access_rules, complaint, configuration
-from ensemble.drivers.pglayout import Layout, refuse_unquotable
-from ensemble.drivers.pgowner import Owner
+from ensemble.drivers.pg import (
+    account as pgaccount,
+    addresses as pgaddresses,
+    binaries as pgbinaries,
+    owner as pgowner,
+)
+from ensemble.drivers.pg.addresses import LOOPBACK
+from ensemble.drivers.pg.binaries import Binaries
+from ensemble.drivers.pg.creation import has_tls, issue_certificate
+from ensemble.drivers.pg.files import access_rules, complaint, configuration
+from ensemble.drivers.pg.layout import Layout, refuse_unquotable
+from ensemble.drivers.pg.owner import Owner
 from ensemble.errors import ClusterError
 
 #: How long pg_ctl waits for the server to be up, or gone.

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ensemble import log
-from ensemble.drivers import certificates, pgaccount
-from ensemble.drivers.pgaccount import Account
-from ensemble.drivers.pgbinaries import Binaries
-from ensemble.drivers.pgfiles import (
+from ensemble.drivers.pg import account as pgaccount
+from ensemble.drivers.pg.account import Account
+from ensemble.drivers.pg.binaries import Binaries
+from ensemble.drivers.pg.files import (
     DATABASE,
     LOCAL_CONFIGURATION,
     Role,
@@ -24,7 +24,8 @@ from ensemble.drivers.pgfiles import (
     setup_statements,
     write_private,
 )
-from ensemble.drivers.pglayout import Layout, refuse_unquotable
+from ensemble.drivers.pg.layout import Layout, refuse_unquotable
+from ensemble.drivers.pg.passwords import make_password
 from ensemble.drivers.process import Completed
 from ensemble.errors import ClusterError
 
@@ -51,6 +52,9 @@ async def create(folder: Path, binaries: Binaries) -> None:
 
 def issue_certificate(layout: Layout, names: Iterable[str]) -> None:
     """Give the server a certificate for *names*, unless it has one that will do."""
+    # Here: cryptography takes 30 ms to import, and most commands only connect.
+    from ensemble.drivers.pg import certificates
+
     now = datetime.fromtimestamp(time.time(), UTC)
     wanted = list(names)
     path = layout.home / "server.crt"
@@ -139,7 +143,9 @@ async def _make_roles(layout: Layout, binaries: Binaries) -> None:
 
 
 def _write_secrets(layout: Layout) -> None:
-    passwords = {role: certificates.make_password() for role in Role}
+    from ensemble.drivers.pg import certificates
+
+    passwords = {role: make_password() for role in Role}
     layout.save_passwords(passwords)
     user = f"{DATABASE}:{Role.USER}:{passwords[Role.USER]}"
     write_private(layout.pgpass_file, f"*:*:{user}\n")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from ensemble.drivers.certificates import scram_verifier
+from ensemble.drivers.pg.passwords import scram_verifier
 from ensemble.errors import ClusterError
 
 DATABASE = "ensemble"

@@ -1,15 +1,11 @@
-"""The secrets of a site's database: its certificate authority, its server certificate, its passwords.
+"""A site's certificate authority and its server certificate.
 
 Nothing here reads a clock or a file: `now` comes in, bytes go out.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import ipaddress
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -27,9 +23,6 @@ AUTHORITY_LIFE = timedelta(days=30 * 365)
 SERVER_LIFE = timedelta(days=5 * 365)
 #: A server certificate with less than this left is issued anew at the next start.
 RENEW_BEFORE = timedelta(days=90)
-
-#: PostgreSQL's default for `scram_iterations`.
-SCRAM_ITERATIONS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,28 +82,6 @@ def covers(certificate: bytes, names: Iterable[str], *, now: datetime) -> bool:
     return {_alternative(each) for each in names} <= set(have)
 
 
-def make_password() -> str:
-    """Return a random password of 32 bytes, in characters that need no quoting anywhere."""
-    return secrets.token_urlsafe(32)
-
-
-def scram_verifier(password: str, *, salt: bytes | None = None) -> str:
-    """Return what PostgreSQL stores for *password*, so that the password itself is never sent.
-
-    RFC 5803's form, as PostgreSQL's `CREATE ROLE … PASSWORD` accepts it. ASCII only: SASLprep
-    leaves such passwords as they are.
-    """
-    salt = secrets.token_bytes(16) if salt is None else salt
-    salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, SCRAM_ITERATIONS)
-    client_key = hmac.digest(salted, b"Client Key", "sha256")
-    stored_key = hashlib.sha256(client_key).digest()
-    server_key = hmac.digest(salted, b"Server Key", "sha256")
-    return (
-        f"SCRAM-SHA-256${SCRAM_ITERATIONS}:{_base64(salt)}"
-        f"${_base64(stored_key)}:{_base64(server_key)}"
-    )
-
-
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
@@ -166,7 +137,3 @@ def _pem(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> KeyP
             serialization.NoEncryption(),
         ),
     )
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")

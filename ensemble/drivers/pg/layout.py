@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import msgspec
 
-from ensemble.drivers.pgaccount import Account
-from ensemble.drivers.pgfiles import Role, write_private
-from ensemble.drivers.pgowner import Owner
+from ensemble.drivers.pg.account import Account
+from ensemble.drivers.pg.files import Role, write_private
+from ensemble.drivers.pg.owner import Owner
 from ensemble.errors import ClusterError
 
 T = TypeVar("T")

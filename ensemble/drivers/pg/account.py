@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from ensemble.drivers import process
-from ensemble.drivers.pgbinaries import Binaries
+from ensemble.drivers.pg.binaries import Binaries
 from ensemble.errors import ClusterError, LaunchError
 
 ACCOUNT_ROOT = Path("/var/lib/ensemble")
