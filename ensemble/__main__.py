@@ -15,6 +15,8 @@ from ensemble.errors import EnsembleError
 INTERRUPTED = 130
 #: What a shell shows for a program that SIGPIPE ended: `ensemble ls | head` is no failure.
 PIPE_CLOSED = 141
+#: Set by the shell's completion of `ensemble`, as click has it.
+COMPLETION = "_ENSEMBLE_COMPLETE"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     session = Session()
     try:
-        status = group.main(argv, prog_name="ensemble", standalone_mode=False, obj=session)
+        status = _invoke(sys.argv[1:] if argv is None else argv, session)
         sys.stdout.flush()
     except BrokenPipeError:
         return _pipe_closed()
@@ -39,7 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse_usage(error)
     except Exception as error:  # the last resort: whatever it is, the user gets one line
         return _report(error, session.is_debug)
-    return status if isinstance(status, int) else 0
+    return status
+
+
+def _invoke(argv: list[str], session: Session) -> int:
+    """Do what click's own `main` does, except to deal with a closed pipe, which it calls a failure."""
+    instruction = os.environ.get(COMPLETION)
+    if instruction:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(group, {"obj": session}, "ensemble", COMPLETION, instruction)
+    try:
+        with group.make_context("ensemble", argv, obj=session) as context:
+            group.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    return 0
 
 
 def _refuse_usage(error: click.ClickException) -> int:

@@ -112,7 +112,7 @@ class Client:
         """
         only = None if ids is None else list(ids)
         cursor = await self.store.horizon()
-        async with self._bell() as rang:
+        async with _bell(self.store) as rang:
             while True:
                 events, cursor = await self.store.new_events(cursor, ids=only, workflow=workflow)
                 for event in events:
@@ -120,17 +120,22 @@ class Client:
                 if not events:
                     await _rung(rang)
 
-    @asynccontextmanager
-    async def _bell(self) -> AsyncIterator[asyncio.Event]:
-        """Listen while the block runs; the event is set at every ring."""
-        rang = asyncio.Event()
-        listener = Listener(self.store.address, [EVENT, KILL], lambda _channel: rang.set())
+
+@asynccontextmanager
+async def _bell(store: Store) -> AsyncIterator[asyncio.Event]:
+    """Listen while the block runs; the event is set at every ring."""
+    rang = asyncio.Event()
+    listener = Listener(store.address, [EVENT, KILL], lambda _channel: rang.set())
+    try:
         async with asyncio.TaskGroup() as group:
             worker = group.create_task(listener.run())
             try:
                 yield rang
             finally:
                 worker.cancel()
+    except BaseExceptionGroup as errors:
+        # The listener only ends by being cancelled: what is in the group came from the block.
+        raise errors.exceptions[0] from None
 
 
 async def _rung(rang: asyncio.Event) -> None:
@@ -261,13 +266,9 @@ class Tasks:
             NotFoundError: One does not exist.
         """
         wanted = list(dict.fromkeys(ids))
-        rang = asyncio.Event()
-        listener = Listener(self._store.address, [EVENT, KILL], lambda _channel: rang.set())
-        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
-            worker = group.create_task(listener.run())
+        async with asyncio.timeout(timeout_s), _bell(self._store) as rang:
             while await self._store.unfinished(wanted):
                 await _rung(rang)
-            worker.cancel()
         states = await self._store.task_states(Selector(ids=tuple(wanted)))
         for missing in sorted(set(wanted) - states.keys()):
             raise NotFoundError(f"there is no task {missing} (ensemble ls)")
@@ -281,12 +282,9 @@ def parse_ids(text: str) -> list[int]:
         UsageError: It is neither.
     """
     first, dash, last = text.partition("-")
-    if (
-        first.isascii()
-        and first.isdecimal()
-        and (not dash or (last.isascii() and last.isdecimal()))
-    ):
-        low, high = int(first), int(last or first)
+    digits = [first, last] if dash else [first]
+    if all(number.isascii() and number.isdecimal() and len(number) < 20 for number in digits):
+        low, high = int(digits[0]), int(digits[-1])
         if low <= high < 2**63 and high - low < 10_000_000:
             return list(range(low, high + 1))
     raise UsageError(f"{text!r} selects no task: write an id like 12 or a range like 3-9")

@@ -11,13 +11,18 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from ensemble.errors import ConfigError, NotFoundError
 
 SITE_FILE = "ensemble.toml"
+
+#: A time that may not be 0: a loop that waits for it would spin.
+Period = Annotated[float, msgspec.Meta(gt=0)]
+#: A time that may be 0.
+Delay = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,46 +39,49 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     allow: list[str] = msgspec.field(default_factory=list)
     #: Accept a data directory on a network file system.
     allow_network_fs: bool = False
-    connect_timeout_s: float = 10.0
+    connect_timeout_s: Period = 10.0
     #: How long one statement may take before the connection is given up.
-    command_timeout_s: float = 30.0
+    command_timeout_s: Period = 30.0
 
 
 class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How launchers behave."""
 
-    heartbeat_s: float = 15.0
+    heartbeat_s: Period = 15.0
     #: Silence after which anybody may take a launcher's tasks over.
-    lease_ttl_s: float = 3600.0
+    lease_ttl_s: Period = 3600.0
     #: Between TERM and KILL when a task is ended.
-    grace_s: float = 10.0
+    grace_s: Delay = 10.0
     #: How long before the allocation's end a launcher begins to leave.
-    margin_s: float = 120.0
+    margin_s: Delay = 120.0
     #: Tasks without an estimate are not started with less than this left.
-    min_useful_s: float = 60.0
+    min_useful_s: Delay = 60.0
     #: A launcher leaves after so long with nothing to do.
-    idle_timeout_s: float = 60.0
+    idle_timeout_s: Delay = 60.0
     #: The safety net: how often a launcher looks for work and kills without having been rung.
-    poll_s: float = 10.0
+    poll_s: Period = 10.0
     #: How often held tasks are compared with the store's.
-    reconcile_s: float = 180.0
+    reconcile_s: Period = 180.0
     #: An exit by signal waits so long for the scheduler's own signal before it is an error.
-    signal_hold_s: float = 2.0
+    signal_hold_s: Delay = 2.0
     #: MPI launches that may be starting or running at the same time.
-    max_launches: int = 1000
+    max_launches: Annotated[int, msgspec.Meta(ge=1)] = 1000
     #: MPI launches started per second; None is no limit.
-    launches_per_s: float | None = None
+    launches_per_s: Period | None = None
     #: How much of a failed task's output is kept in the store.
-    error_tail_lines: int = 20
+    error_tail_lines: Annotated[int, msgspec.Meta(ge=0)] = 20
+
+
+MpiFlavor = Literal[
+    "auto", "openmpi4", "openmpi5", "mpich", "intel", "srun", "pals", "aprun", "jsrun", "flux"
+]
 
 
 class MpiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which MPI launcher to use, and how."""
 
     #: `auto` asks the command for its version.
-    launcher: Literal[
-        "auto", "openmpi4", "openmpi5", "mpich", "intel", "srun", "pals", "aprun", "jsrun", "flux"
-    ] = "auto"
+    launcher: MpiFlavor = "auto"
     #: The command; None is the usual name of that launcher, looked up on PATH.
     command: str | None = None
     #: More flags for every launch, before the task's own.
@@ -101,18 +109,23 @@ def find_site(start: Path, *, named: str | None = None, environ: Mapping[str, st
     given = named or environ.get("ENSEMBLE_SITE")
     if given:
         site = Path(given).expanduser().absolute()
-        if not (site / SITE_FILE).is_file():
+        if not _is_site(site):
             raise NotFoundError(
                 f"{site} is not a site: it has no {SITE_FILE} (ensemble init {site})"
             )
         return site
+    start = start.absolute()
     for folder in (start, *start.parents):
-        if (folder / SITE_FILE).is_file():
+        if _is_site(folder):
             return folder
     raise NotFoundError(
         f"no site here: neither {start} nor a directory above it has an {SITE_FILE} "
         "(ensemble init DIR, or name one with --site or $ENSEMBLE_SITE)"
     )
+
+
+def _is_site(folder: Path) -> bool:
+    return os.path.isfile(folder / SITE_FILE)  # False, too, where we may not look
 
 
 def load(site: Path, *, environ: Mapping[str, str] | None = None) -> Settings:
@@ -141,17 +154,33 @@ def parse(raw: Mapping[str, Any], *, source: str) -> Settings:
         raise ConfigError(f"{source}: {_explain(str(error))}") from error
 
 
+_SECTIONS: Mapping[str, type[msgspec.Struct]] = {
+    "store": StoreSettings,
+    "launcher": LauncherSettings,
+    "mpi": MpiSettings,
+}
+
+
 def _overlay(raw: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    for section, kind in (
-        ("store", StoreSettings),
-        ("launcher", LauncherSettings),
-        ("mpi", MpiSettings),
-    ):
-        for key in kind.__struct_fields__:
-            value = environ.get(f"ENSEMBLE_{section}_{key}".upper())
-            if value is not None:
-                raw.setdefault(section, {})[key] = _literal(value)
+    for section, kind in _SECTIONS.items():
+        for field in msgspec.structs.fields(kind):
+            variable = f"ENSEMBLE_{section}_{field.name}".upper()
+            if variable in environ:
+                table = raw.setdefault(section, {})
+                if isinstance(table, dict):  # what else it may be, `parse` refuses
+                    table[field.name] = _from_environ(variable, environ[variable], field.type)
     return raw
+
+
+def _from_environ(variable: str, text: str, kind: Any) -> Any:
+    """Return *text* as its setting's type wants it: a word like `5` or `true` may be a string."""
+    try:
+        return msgspec.convert(_literal(text), kind)
+    except msgspec.ValidationError as error:
+        try:
+            return msgspec.convert(text, kind)
+        except msgspec.ValidationError:
+            raise ConfigError(f"${variable} is {text!r}: {_explain(str(error))}") from error
 
 
 def _literal(text: str) -> Any:
@@ -164,16 +193,13 @@ def _literal(text: str) -> Any:
 
 def _explain(message: str) -> str:
     """Turn msgspec's message into one that names the key and, for a typo, the likely one."""
-    unknown = re.search(r"unknown field `(\w+)`(?: - at `\$\.?([\w.]*)`)?", message)
+    unknown = re.search(r"unknown field `(.*?)`(?: - at `\$\.?([\w.]*)`)?$", message)
     if unknown is None:
+        if message.startswith("Invalid enum value"):  # there is but one
+            message += f"; known: {', '.join(get_args(MpiFlavor))}"
         return message.replace("$.", "")
     key, section = unknown[1], unknown[2] or ""
-    known = {
-        "": Settings,
-        "store": StoreSettings,
-        "launcher": LauncherSettings,
-        "mpi": MpiSettings,
-    }.get(section, Settings)
+    known = _SECTIONS.get(section, Settings)
     close = difflib.get_close_matches(key, known.__struct_fields__, n=1)
     hint = (
         f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known.__struct_fields__)}"

@@ -84,6 +84,7 @@ async def create(
     dsn: str | None = None,
     listen: tuple[str, ...] = (),
     bin_dir: str | None = None,
+    allow_network_fs: bool = False,
 ) -> bool:
     """Make a site in *path*, with a database of its own or in the external one at *dsn*.
 
@@ -108,7 +109,9 @@ async def create(
     async with pgowner.locked(path / "log", timeout_s=_PATIENCE_S):
         if (path / SITE_FILE).exists():
             return False
-        settings = StoreSettings(dsn=dsn, listen=list(listen), bin_dir=bin_dir)
+        settings = StoreSettings(
+            dsn=dsn, listen=list(listen), bin_dir=bin_dir, allow_network_fs=allow_network_fs
+        )
         await _prepare_database(path, settings)
         _write_settings(path, settings)
         return True
@@ -122,7 +125,11 @@ async def _prepare_database(path: Path, store: StoreSettings) -> None:
     if not cluster.exists:
         await cluster.create()
     await cluster.start()
-    await migrate(Site(path=path, settings=Settings(store=store)).address(OWNER))
+    try:
+        await migrate(Site(path=path, settings=Settings(store=store)).address(OWNER))
+    except BaseException:
+        await cluster.stop()  # without a settings file nobody would find it
+        raise
 
 
 def _check_dsn(dsn: str) -> None:
@@ -146,6 +153,8 @@ def _write_settings(path: Path, store: StoreSettings) -> None:
     lines.append(f"dsn = {_quote(store.dsn)}" if store.dsn else "# dsn = 'postgresql://…'")
     if store.bin_dir:
         lines.append(f"bin_dir = {_quote(store.bin_dir)}")
+    if store.allow_network_fs:
+        lines.append("allow_network_fs = true")
     if store.listen:
         lines.append(f"listen = [{', '.join(map(_quote, store.listen))}]")
     temporary = path / f".{SITE_FILE}.{os.getpid()}"

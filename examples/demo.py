@@ -233,7 +233,7 @@ class Progress:
         line = f"  [{'#' * filled}{'.' * (BAR - filled)}] {counted}  {elapsed:4.1f} s"
         if self._is_terminal:
             print(f"\r\033[K{line}", end="\n" if is_last else "", flush=True)
-        elif is_last or (counted != self._shown and elapsed - self._shown_at >= 1.0):
+        elif counted != self._shown and (is_last or elapsed - self._shown_at >= 1.0):
             print(line, flush=True)
             self._shown, self._shown_at = counted, elapsed
 

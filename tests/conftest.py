@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from ensemble.site import OWNER, Site, create
 
 POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
 TABLES = "task, task_spec, task_parent, attempt, event, lease, launcher, batch_job, submission, app, workflow"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing of the caller's may leak into a test.
 for name in [name for name in os.environ if name.startswith(("ENSEMBLE_", "SLURM_", "PBS_"))]:

@@ -175,6 +175,8 @@ def add(
     fields = {
         name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
     }
+    if source is None and not args and "app" not in fields:
+        raise click.UsageError("say what to run: a command after --, an --app, or --from FILE")
     fields |= _words(fields, args, is_template=bool(source or fields.get("params")))
     records = _records(source, form, fields)
     ids = session.run(lambda client: _add(client, records, key))

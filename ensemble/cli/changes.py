@@ -192,13 +192,13 @@ async def _why_left(
 def _why_not_retried(task: Task) -> str:
     if task.state not in RETRYABLE:
         return f"is {task.state}; only FAILED and USER_KILLED tasks can be retried"
-    return "its process is still being ended; try again in a moment"
+    return "is still being ended; try again in a moment"
 
 
 def _why_not_removed(task: Task) -> str:
     if task.is_held:
         return f"is held by a launcher (ensemble kill {task.id})"
-    return "other tasks wait for it"
+    return "is waited for by other tasks"
 
 
 def _finish(report: Report, verb: str, *, as_json: bool) -> None:

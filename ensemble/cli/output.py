@@ -44,7 +44,7 @@ def log(session: Session, task_id: int, follow: bool, attempt: int | None) -> No
 
     async def read(client: Client) -> None:
         task = await client.tasks.get(task_id)
-        tail = Tail(_output_file(client, task, attempt), sys.stdout.buffer)
+        tail = Tail(await _output_file(client, task, attempt), sys.stdout.buffer)
         if follow:
             await _follow(client, task, tail)
         elif not tail.copy():
@@ -96,10 +96,17 @@ class Tail:
         return True
 
 
-def _output_file(client: Client, task: Task, attempt: int | None) -> Path:
+async def _output_file(client: Client, task: Task, attempt: int | None) -> Path:
+    """Return the file that an attempt wrote: each start puts the file that is there aside."""
     path = Path(client.tasks.output(task))
-    is_earlier = attempt is not None and attempt != task.attempt
-    return path.with_name(f"{path.name}.{attempt}") if is_earlier else path
+    if attempt is None:
+        return path
+    history = (await client.tasks.detail(task.id)).attempts
+    started = [each.attempt for each in history if each.started_at is not None]
+    if attempt not in started:
+        raise _no_output(task, attempt)
+    place = started.index(attempt) + 1
+    return path if place == len(started) else path.with_name(f"{path.name}.{place}")
 
 
 async def _follow(client: Client, task: Task, tail: Tail) -> None:

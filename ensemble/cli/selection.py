@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,14 +147,19 @@ def confirm(verb: str, count: int, *, yes: bool) -> None:
 
     Raises:
         UsageError: Nobody is there to answer.
-        click.Abort: The answer was no.
+        Declined: The answer was no.
     """
     if yes or count <= ASK_ABOVE:
         return
     if not sys.stdin.isatty():
         raise UsageError(f"this would {verb} {count} tasks: repeat it with --yes")
-    if not click.confirm(f"{verb} {count} tasks?", err=True):
-        raise Declined("nothing was changed")
+    # In a running event loop, ^C would only ask the loop to end, and wait for the answer first.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if not click.confirm(f"{verb} {count} tasks?", err=True):
+            raise Declined("nothing was changed")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Declined(click.ClickException):

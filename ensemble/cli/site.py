@@ -33,14 +33,33 @@ if TYPE_CHECKING:
     "postgresql://USER@HOST:PORT/DATABASE, with the password in ~/.pgpass.",
 )
 @click.option(
+    "--allow-network-fs",
+    is_flag=True,
+    help="Accept a data directory on NFS, Lustre and the like: slow, and unsafe without locks.",
+)
+@click.option(
     "--listen",
     metavar="ADDRESS",
     multiple=True,
     help="Let other hosts connect to the site's own database, over TLS: an address or the name of "
     "a network interface; may be repeated. [default: only this host]",
 )
+@click.option(
+    "--bin-dir",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="Where PostgreSQL's programs are. [default: found by pg_config, in well-known places, or "
+    "in an installed wheel]",
+)
 @click.pass_obj
-def init(session: Session, folder: Path | None, dsn: str | None, listen: tuple[str, ...]) -> None:
+def init(
+    session: Session,
+    folder: Path | None,
+    dsn: str | None,
+    listen: tuple[str, ...],
+    bin_dir: str | None,
+    allow_network_fs: bool,
+) -> None:
     """Make a site: a directory for your work, with a database.
 
     DIR is the current directory when it is not named. A site that is there already is left as it
@@ -49,7 +68,9 @@ def init(session: Session, folder: Path | None, dsn: str | None, listen: tuple[s
     from ensemble.site import Site, create
 
     path = Path(os.path.abspath(folder or Path(session.named or ".").expanduser()))
-    if not session.run_alone(create(path, dsn=dsn, listen=listen)):
+    if not session.run_alone(
+        create(path, dsn=dsn, listen=listen, bin_dir=bin_dir, allow_network_fs=allow_network_fs)
+    ):
         click.echo(f"the site {path} exists; nothing was changed (ensemble --site {path} status)")
         return
     site = Site.find(str(path))

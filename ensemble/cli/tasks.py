@@ -95,10 +95,8 @@ def _list_others(session: Session, kind: str, *, as_json: bool) -> None:
         document.write(apps) if as_json else tables.apps(apps)
     elif kind == "workflows":
         workflows = session.run(lambda client: client.workflows())
-        if as_json:
-            document.write(document.workflows(workflows))
-        else:
-            tables.workflows(workflows)
+        listed = document.workflows(workflows)
+        document.write(listed) if as_json else tables.workflows(workflows)
     else:
         launchers = session.run(lambda client: client.launchers(only_live=False))
         document.write(launchers) if as_json else tables.launchers(launchers, now())

@@ -27,6 +27,7 @@ from ensemble.errors import (
     OutcomeUnknownError,
     StoreFullError,
     StoreUnavailableError,
+    UsageError,
 )
 
 SCHEMA = "ensemble"
@@ -173,7 +174,8 @@ def unavailable(error: Exception, address: Address) -> EnsembleError:
     where = f"{address.host or address.dsn or 'localhost'}" + (
         f":{address.port}" if address.port else ""
     )
-    where = re.sub(r"//([^:/@]+):[^@]*@", r"//\1@", where)
+    where = re.sub(r"//([^:/@]*):.*@", r"//\1@", where)
+    where = re.sub(r"(password=)[^&\s]*", r"\1***", where)
     detail = str(error) or type(error).__name__
     hint = f" ({address.hint})" if address.hint else ""
     return StoreUnavailableError(f"cannot reach the database at {where}: {detail}{hint}")
@@ -183,6 +185,8 @@ def wrap(error: Exception) -> Exception:
     """Return what *error*, from the driver, means to us; anything unknown as it is."""
     if isinstance(error, asyncpg.PostgresError):
         return _wrap_server_error(error, error.sqlstate or "")
+    if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
+        return UsageError(f"the database cannot take a value: {error}")  # the driver never sent it
     if isinstance(error, ConnectionRefusedError):
         return StoreUnavailableError(f"the database does not answer: {error}")
     if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError):
@@ -191,15 +195,18 @@ def wrap(error: Exception) -> Exception:
 
 
 def _wrap_server_error(error: Exception, code: str) -> Exception:
+    line = (str(error).splitlines() or [type(error).__name__])[0]  # without HINT and DETAIL
     if code in OWN:
-        return OWN[code](str(error))
+        return OWN[code](line)
     # 53100 is a full disk; class 58, I/O errors, is how one under the WAL ends a session.
     if code == "53100" or code.startswith("58"):
-        return StoreFullError(f"the database cannot write: {error}")
+        return StoreFullError(f"the database cannot write: {line}")
+    if code.startswith("22"):
+        return UsageError(f"the database cannot take a value: {line}")
     if code in NOT_APPLIED:
-        return StoreUnavailableError(f"the database refused for now: {error}")
+        return StoreUnavailableError(f"the database refused for now: {line}")
     if code in UNKNOWN or code.startswith("08"):
-        return OutcomeUnknownError(f"the database went away: {error}")
+        return OutcomeUnknownError(f"the database went away: {line}")
     return error
 
 

@@ -7,6 +7,7 @@
     Launch     -> Started, then Ended | CouldNotStart | Skipped
     Terminate  -> the Ended (or Skipped) of that task
     AskProspect-> ProspectTold
+    AskHeld    -> Reconciled
     RecordStart, RecordEnd, MarkTimedOut, MarkDrained, Leave -> nothing
 
 A task is in the book from Claimed until nothing of it runs any more (Ended); only then are its
@@ -26,6 +27,7 @@ from typing import assert_never
 
 from ensemble.core.events import (
     Ask,
+    AskHeld,
     AskProspect,
     Claimed,
     ClaimFailed,
@@ -85,8 +87,18 @@ class Run:
     claim: Claim
     placement: Placement
     started_at: datetime | None = None
+    #: Counted from the first tick after the start, so that a limit is never enforced early.
     limit_at: float | None = None
     ending: Ending | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldBack:
+    """An exit by signal that a drain may yet explain."""
+
+    end: End
+    #: When it is an error after all; counted from the first tick after it.
+    until: float | None = None
 
 
 #: What schedulers send to everything in a job that ends.
@@ -120,14 +132,22 @@ class Dispatcher:
         self._runs: dict[int, Run] = {}
         #: Single-node tasks claimed for nodes that will be free in a moment, in claim order.
         self._ahead: deque[Claim] = deque()
+        #: Ticks since a node was last set free.
+        self._still_ticks = 0
         #: The usual length of a single-node run, in seconds; None until one has ended.
         self._usual_s: float | None = None
-        self._held_back: list[tuple[float, End]] = []
+        self._held_back: list[HeldBack] = []
         self._is_claiming = False
-        self._rang_meanwhile = False
+        self._asked_nodes = 0
+        #: Something changed since we asked: an empty answer is not the last word.
+        self._ask_again = False
+        #: Killed while the store's answer was on its way: may be in it.
+        self._killed_unseen: set[Pair] = set()
         self._last_ask = now
         self._idle_since: float | None = now
         self._is_asking_prospect = False
+        #: Nothing is left to do, it seems: an empty answer is the last word.
+        self._is_last_look = False
         self._leaving: str | None = None
         self._is_gone = False
         self._is_lost = False
@@ -135,9 +155,15 @@ class Dispatcher:
 
     @property
     def known(self) -> frozenset[Pair]:
-        """The attempts that we hold: running, or claimed ahead."""
+        """The attempts that we hold: running, claimed ahead, or ended and held back."""
         claims = [*(run.claim for run in self._runs.values()), *self._ahead]
-        return frozenset((claim.id, claim.attempt) for claim in claims)
+        ended = [(held.end.id, held.end.attempt) for held in self._held_back]
+        return frozenset([*((claim.id, claim.attempt) for claim in claims), *ended])
+
+    @property
+    def running(self) -> int:
+        """How many tasks are starting or running."""
+        return len(self._runs)
 
     @property
     def busy_nodes(self) -> int:
@@ -151,14 +177,17 @@ class Dispatcher:
 
     def handle(self, event: Event) -> list[Effect]:  # noqa: C901, PLR0912 - a line an event
         """Take in one event; return what to do, in order."""
+        if self._is_gone:
+            return []
         match event:
             case Claimed():
                 effects = self._claimed(event)
             case ClaimFailed():
-                self._is_claiming = False
-                effects = []
+                self._is_claiming = self._is_last_look = False
+                self._killed_unseen.clear()
+                effects = self._refill() if self._ask_again else []
             case WorkRang():
-                self._rang_meanwhile = self._is_claiming
+                self._ask_again = self._is_claiming
                 effects = self._refill()
             case Started():
                 effects = self._started(event)
@@ -190,6 +219,10 @@ class Dispatcher:
         placed = sum(len(run.placement.nodes) for run in self._runs.values())
         assert placed == self.busy_nodes, "runs and node book differ"
         assert all(run.claim.id == task_id for task_id, run in self._runs.items())
+        assert not (self._ahead and self._book.free), "a node is free and a task waits for one"
+        held = [*self._runs, *(claim.id for claim in self._ahead)]
+        assert len(held) == len(set(held)), "a task is held twice"
+        assert not (self._is_gone and held), "left with tasks"
 
     # ------------------------------------------------------------------ taking work
 
@@ -203,10 +236,15 @@ class Dispatcher:
         while self._ahead and self._book.free:
             effects += self._place(self._ahead.popleft())
         wanted = self._look_ahead()
-        if self._is_claiming or not (self._book.free or len(self._ahead) < wanted / 2):
+        if self._is_claiming:
+            # A task that was too wide for what we asked for may fit now.
+            self._ask_again = self._ask_again or self._book.free > self._asked_nodes
+            return effects
+        if not (self._book.free or len(self._ahead) < wanted / 2):
             return effects
         self._is_claiming = True
-        self._rang_meanwhile = False
+        self._asked_nodes = self._book.free
+        self._ask_again = False
         self._last_ask = self._now
         ahead = max(wanted - len(self._ahead), 0)
         room = Room(
@@ -228,31 +266,54 @@ class Dispatcher:
         soon = _AHEAD_S / max(self._usual_s, 1e-3)
         return math.ceil(self._book.total * min(soon, _AHEAD_PER_NODE))
 
+    def _stop_hoarding(self) -> list[Effect]:
+        """Give back what waits for nodes that were not free in a moment: others may have some."""
+        self._still_ticks += 1
+        if not self._ahead or self._still_ticks < 3:
+            return []
+        self._usual_s = None
+        return self._give_back_ahead()
+
     def _claimed(self, event: Claimed) -> list[Effect]:
         self._is_claiming = False
         self.claims_made += 1
-        if event.claims:
-            self._idle_since = None
         effects: list[Effect] = []
         for claim in event.claims:
-            effects += self._place(claim)
-        if event.claims or self._rang_meanwhile:
+            if (claim.id, claim.attempt) in self._killed_unseen:
+                effects += self._give_back(claim)
+            else:
+                effects += self._place(claim)
+        self._killed_unseen.clear()
+        if event.claims or self._ask_again:
             effects += self._refill()
-        return effects
+        elif self._is_last_look and not self.is_leaving:
+            self._leaving = "no work is left"
+        self._is_last_look = False
+        return [*effects, *self._consider_leaving()]
 
     def _place(self, claim: Claim) -> list[Effect]:
         """Launch a claimed task on free nodes; without them keep it for later, or give it back."""
         placement = None if self.is_leaving else self._book.claim(claim.id, claim.num_nodes)
         if placement is not None:
             self._runs[claim.id] = Run(claim=claim, placement=placement)
+            self._idle_since = None
             return [Launch(claim, placement)]
         if claim.num_nodes == 1 and not self.is_leaving and claim.id not in self._runs:
             self._ahead.append(claim)
             return []
-        return [_give_back(claim)]
+        return self._give_back(claim)
+
+    def _give_back(self, *claims: Claim, at: datetime | None = None) -> list[Effect]:
+        """Report claims that were never started; without the lease there is nothing to give back."""
+        if self._is_lost:
+            return []
+        return [
+            RecordEnd(End(id=claim.id, attempt=claim.attempt, outcome=Outcome.GIVEN_BACK, at=at))
+            for claim in claims
+        ]
 
     def _give_back_ahead(self) -> list[Effect]:
-        effects: list[Effect] = [_give_back(claim) for claim in self._ahead]
+        effects = self._give_back(*self._ahead)
         self._ahead.clear()
         return effects
 
@@ -263,15 +324,15 @@ class Dispatcher:
         if run is None:
             return []
         run.started_at = event.at
-        if run.claim.time_limit_minutes is not None:
-            run.limit_at = self._now + 60 * run.claim.time_limit_minutes
+        if run.ending is Ending.LOST:
+            return []
         start = Start(id=event.id, attempt=event.attempt, at=event.at, nodes=run.placement.names)
         return [RecordStart(start)]
 
     def _could_not_start(self, event: CouldNotStart) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
-        if run is None:
-            return []
+        if run is None or run.ending is Ending.LOST:
+            return self._refill()
         return [self._failed_start(run, event.at, event.reason), *self._refill()]
 
     def _failed_start(
@@ -295,8 +356,8 @@ class Dispatcher:
     def _skipped(self, event: Skipped) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
         if run is None or run.ending is Ending.LOST:
-            return []
-        return [_give_back(run.claim, at=event.at), *self._refill()]
+            return self._refill()
+        return [*self._give_back(run.claim, at=event.at), *self._refill()]
 
     def _ended(self, event: Ended) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
@@ -314,7 +375,7 @@ class Dispatcher:
             and not self.is_leaving
         ):
             # The scheduler's signal often hits the tasks before it reaches us.
-            self._held_back.append((self._now + self._policy.signal_hold_s, end))
+            self._held_back.append(HeldBack(end=end))
             return self._refill()
         return [RecordEnd(end), *self._refill()]
 
@@ -334,6 +395,7 @@ class Dispatcher:
         if run is not None:
             del self._runs[task_id]
             self._book.release(task_id)
+            self._still_ticks = 0
             if not self._runs:
                 self._idle_since = self._now
         return run
@@ -344,8 +406,10 @@ class Dispatcher:
         effects: list[Effect] = []
         for claim in [c for c in self._ahead if (c.id, c.attempt) in pairs]:
             self._ahead.remove(claim)
-            effects.append(_give_back(claim))
-        for task_id, attempt in pairs:
+            effects += self._give_back(claim)
+        if self._is_claiming:
+            self._killed_unseen |= pairs
+        for task_id, attempt in sorted(pairs):
             run = self._run(task_id, attempt)
             if run is not None and run.ending is None:
                 run.ending = Ending.KILLED
@@ -353,11 +417,15 @@ class Dispatcher:
         return effects
 
     def _time_out(self) -> list[Effect]:
-        due = [
-            run
-            for run in self._runs.values()
-            if run.ending is None and run.limit_at is not None and run.limit_at <= self._now
-        ]
+        due = []
+        for run in self._runs.values():
+            limit = run.claim.time_limit_minutes
+            if limit is None or run.started_at is None or run.ending is not None:
+                continue
+            if run.limit_at is None:
+                run.limit_at = self._now + 60 * limit
+            elif run.limit_at <= self._now:
+                due.append(run)
         if not due:
             return []
         for run in due:
@@ -370,8 +438,7 @@ class Dispatcher:
         self._leaving = self._leaving or reason
         effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
         effects += self._give_back_ahead()
-        for _, end in self._held_back:
-            effects.append(RecordEnd(_explained(end, reason)))
+        effects += [RecordEnd(_explained(held.end, reason)) for held in self._held_back]
         self._held_back.clear()
         for run in self._runs.values():
             if run.ending is None:
@@ -383,6 +450,8 @@ class Dispatcher:
 
     def _lose(self, reason: str) -> list[Effect]:
         """Others may run our tasks: end them at once and report nothing."""
+        if self._is_lost:
+            return []
         self._leaving = reason
         self._held_back.clear()
         self._ahead.clear()
@@ -395,7 +464,7 @@ class Dispatcher:
 
     def _ticked(self, now: float) -> list[Effect]:
         self._now = now
-        effects = [*self._release_held_back(), *self._time_out()]
+        effects = [*self._release_held_back(), *self._time_out(), *self._stop_hoarding()]
         if self._is_over() and not self.is_leaving:
             return [*effects, *self._drain("the time of the allocation is over")]
         if now - self._last_ask >= self._policy.poll_s:
@@ -403,8 +472,12 @@ class Dispatcher:
         return [*effects, *self._consider_leaving()]
 
     def _release_held_back(self) -> list[Effect]:
-        due = [end for until, end in self._held_back if until <= self._now]
-        self._held_back = [(until, end) for until, end in self._held_back if until > self._now]
+        now, all_held = self._now, self._held_back
+        due = [held.end for held in all_held if held.until is not None and held.until <= now]
+        self._held_back = [held for held in all_held if held.until is None or held.until > now]
+        for held in self._held_back:
+            if held.until is None:
+                held.until = now + self._policy.signal_hold_s
         return [RecordEnd(end) for end in due]
 
     def _left_s(self) -> float | None:
@@ -425,19 +498,24 @@ class Dispatcher:
         if not self._has_time():
             self._leaving = "no time is left to start anything"
             return []
-        if self._policy.is_persistent or self._is_asking_prospect or self._idle_since is None:
-            return []
-        if self._now - self._idle_since < self._policy.idle_timeout_s:
+        if self._policy.is_persistent or self._is_asking_prospect or not self._is_long_idle():
             return []
         self._is_asking_prospect = True
         return [AskProspect()]
 
+    def _is_long_idle(self) -> bool:
+        if self._runs or self._is_claiming or self._held_back or self._idle_since is None:
+            return False
+        return self._now - self._idle_since >= self._policy.idle_timeout_s
+
     def _prospect_told(self, *, has_prospect: bool) -> list[Effect]:
         self._is_asking_prospect = False
-        if has_prospect or self._runs or self._is_claiming:
+        if has_prospect and not self._runs:
             self._idle_since = self._now
-        elif not self.is_leaving:
-            self._leaving = "no work is left"
+        elif self._is_long_idle() and not self.is_leaving:  # still: work may have come and gone
+            # What ended last may have set tasks free after we had asked for work.
+            self._is_last_look = True
+            return self._refill()
         return []
 
     def _maybe_leave(self) -> list[Effect]:
@@ -450,14 +528,19 @@ class Dispatcher:
 
     def _reconcile(self, event: Reconciled) -> list[Effect]:
         """Give back what was handed out and never reached us; end what is not ours any more."""
+        if self._is_lost:
+            return []
         effects: list[Effect] = []
-        if not self._is_claiming and event.claims_made == self.claims_made:
-            for task_id, attempt in sorted(event.held - event.known - self.known):
-                effects.append(
-                    RecordEnd(End(id=task_id, attempt=attempt, outcome=Outcome.GIVEN_BACK))
-                )
-        for task_id, attempt in sorted((event.known & self.known) - event.held):
-            self._ahead = deque(c for c in self._ahead if c.id != task_id)
+        strange = sorted(event.held - event.known - self.known)
+        if strange and (self._is_claiming or event.claims_made != self.claims_made):
+            effects.append(AskHeld())  # they may be in an answer that is on its way
+        else:
+            for task_id, attempt in strange:
+                end = End(id=task_id, attempt=attempt, outcome=Outcome.GIVEN_BACK)
+                effects.append(RecordEnd(end))
+        gone = (event.known & self.known) - event.held
+        self._ahead = deque(c for c in self._ahead if (c.id, c.attempt) not in gone)
+        for task_id, attempt in sorted(gone):
             run = self._run(task_id, attempt)
             if run is not None and run.ending is not Ending.LOST:
                 run.ending = Ending.LOST
@@ -466,11 +549,6 @@ class Dispatcher:
 
 
 # ---------------------------------------------------------------------------- what an end means
-
-
-def _give_back(claim: Claim, *, at: datetime | None = None) -> RecordEnd:
-    """Report a claim that was never started."""
-    return RecordEnd(End(id=claim.id, attempt=claim.attempt, outcome=Outcome.GIVEN_BACK, at=at))
 
 
 def _end_of(run: Run, event: Ended) -> End:

@@ -200,6 +200,11 @@ class AskProspect:
 
 
 @dataclass(frozen=True, slots=True)
+class AskHeld:
+    """Compare with the store again, soon: a claim that was under way blurred the last answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """Nothing is left to do: close the lease and exit."""
 
@@ -217,5 +222,6 @@ Effect = (
     | MarkTimedOut
     | MarkDrained
     | AskProspect
+    | AskHeld
     | Leave
 )

@@ -73,6 +73,8 @@ async def insert(
     key: str | None,
 ) -> list[int]:
     """Write one submission; ids rise along *sequence*, so that parents come before children."""
+    # Before the transaction: a new workflow's name is locked for a moment, not for the whole COPY.
+    workflows = await workflow_ids(connection, {task.new.workflow for task in resolved})
     async with connection.transaction():
         await connection.execute("SET LOCAL statement_timeout = 0")
         drawn = await connection.fetch(queries()["next_task_ids"], len(resolved))
@@ -83,7 +85,6 @@ async def insert(
             earlier = await _claim_key(connection, key, ids)
             if earlier is not None:
                 return earlier
-        workflows = await workflow_ids(connection, {task.new.workflow for task in resolved})
         edges = _edges(resolved, ids, names)
         states = await _parent_states(connection, resolved)
         tasks, specs = [], []
@@ -127,7 +128,8 @@ async def _claim_key(connection: Any, key: str, ids: list[int]) -> list[int] | N
 
 async def workflow_ids(connection: Any, names: set[str]) -> dict[str, int]:
     """Return the ids of these workflows, made where they are new."""
-    rows = await connection.fetch(queries()["upsert_workflows"], sorted(names))
+    await connection.execute(queries()["insert_workflows"], sorted(names))
+    rows = await connection.fetch(queries()["named_workflows"], sorted(names))
     return {row["name"]: row["id"] for row in rows}
 
 
@@ -135,10 +137,11 @@ def _edges(
     resolved: Sequence[Resolved], ids: Sequence[int], names: Sequence[str]
 ) -> dict[int, tuple[int, ...]]:
     edges = {}
+    places = {name: place for place, name in enumerate(names)}  # those that matter are unique
     for place, task in enumerate(resolved):
         if task.new.parents:
             given = [parent for parent in task.new.parents if isinstance(parent, int)]
-            named = [ids[i] for i in submission.siblings(task.new, names)]
+            named = [ids[places[p]] for p in task.new.parents if isinstance(p, str)]
             edges[ids[place]] = tuple(dict.fromkeys([*given, *named]))
     return edges
 

@@ -123,8 +123,8 @@ class Lease:
             [",".join(end.nodes) for end in ends],
             [end.exit_code for end in ends],
             [end.cause for end in ends],
-            [end.reason for end in ends],
-            [end.error for end in ends],
+            [_storable(end.reason) for end in ends],
+            [_storable(end.error) for end in ends],
         )
 
     async def held(self) -> dict[tuple[int, int], State]:
@@ -176,6 +176,13 @@ class Lease:
         return {(row["task_id"], row["attempt"]): Verdict(row["verdict"]) for row in rows}
 
 
+def _storable(text: str | None) -> str | None:
+    """Replace what PostgreSQL's text cannot hold: a program's output may be anything."""
+    if text is None:
+        return None
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 def _claim(row: asyncpg.Record) -> Claim:
     return Claim(
         **{
@@ -224,28 +231,29 @@ class Reaping:
     async def release(self) -> int:
         """Give back what closed leases still hold; return how many tasks.
 
-        One reaper at a time; the others leave it to that one and return 0.
+        One reaper at a time; the others leave it to that one and return 0. A transaction for each
+        batch, so that what has been released stays released whatever becomes of the rest.
         """
-        async with wrapped(), self._pool.acquire() as connection, connection.transaction():
-            if not await connection.fetchval(queries()["try_reaper_lock"]):
-                return 0
+        async with wrapped(), self._pool.acquire() as connection:
             leases = [row["id"] for row in await connection.fetch(queries()["unswept_leases"])]
-            released = 0
-            for lease_id in leases:
-                released += await _release_some(connection, lease_id)
-        return released
+            return sum([await _release_some(connection, lease_id) for lease_id in leases])
 
 
 async def release_held(pool: asyncpg.Pool[Any], lease_id: int) -> int:
     """Give back what the closed lease still holds; return how many tasks."""
-    async with pool.acquire() as connection, connection.transaction():
-        return await _release_some(connection, lease_id)
+    async with pool.acquire() as connection:
+        return await _release_some(connection, lease_id, is_reaper=False)
 
 
-async def _release_some(connection: Any, lease_id: int, *, batch: int = 5000) -> int:
+async def _release_some(
+    connection: Any, lease_id: int, *, batch: int = 5000, is_reaper: bool = True
+) -> int:
     released = 0
     while True:
-        some: int = await connection.fetchval("SELECT release_lost($1, $2)", lease_id, batch)
+        async with connection.transaction():
+            if is_reaper and not await connection.fetchval(queries()["try_reaper_lock"]):
+                return released
+            some: int = await connection.fetchval("SELECT release_lost($1, $2)", lease_id, batch)
         released += some
         if some < batch:
             return released

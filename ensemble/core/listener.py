@@ -31,7 +31,7 @@ RESYNC = "resync"
 class Listener:
     """Calls *on_ring* with the channels that rang, until it is cancelled.
 
-    *on_ring* is called in the event loop and must return at once.
+    *on_ring* is called in the event loop and must return at once; what it raises is logged.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Listener:
         self._ping_timeout_s = ping_timeout_s
         self._log = get_logger()
         self.is_connected = False
+        self._was_connected = False
 
     async def run(self) -> None:
         """Listen for ever; a lost server is waited for with growing, jittered delays."""
@@ -57,10 +58,13 @@ class Listener:
         while True:
             try:
                 await self._listen()
-                delay = 0.2
             except (StoreUnavailableError, OSError, TimeoutError, asyncpg.PostgresError,
                     asyncpg.InterfaceError) as error:  # fmt: skip
+                delay = 0.2 if self._was_connected else delay
                 self._log.warning("listener.lost", error=str(error), retry_s=round(delay, 1))
+            else:
+                delay = 0.2
+            self._was_connected = False
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             delay = min(delay * 2, 10.0)
 
@@ -71,8 +75,8 @@ class Listener:
             connection.add_termination_listener(lambda _connection: lost.set())
             for channel in self._channels:
                 await connection.add_listener(channel, self._rang)
-            self.is_connected = True
-            self._on_ring(RESYNC)  # LISTEN first, read second: nothing falls between
+            self.is_connected = self._was_connected = True
+            self._tell(RESYNC)  # LISTEN first, read second: nothing falls between
             while not lost.is_set():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._ping_s):
@@ -86,4 +90,10 @@ class Listener:
             connection.terminate()  # never close(): that waits for the peer
 
     def _rang(self, _connection: Any, _pid: int, channel: str, _payload: object) -> None:
-        self._on_ring(channel)
+        self._tell(channel)
+
+    def _tell(self, channel: str) -> None:
+        try:
+            self._on_ring(channel)
+        except Exception:
+            self._log.exception("listener.callback_failed", channel=channel)

@@ -19,6 +19,7 @@ from ensemble.core.states import MOVES
 from ensemble.errors import SchemaError
 
 _LOCK = int.from_bytes(hashlib.sha256(b"ensemble.migrate").digest()[:8], "big", signed=True)
+_FUNCTIONS = "functions.sql"
 _LEDGER = f"""
     CREATE SCHEMA IF NOT EXISTS {SCHEMA};
     CREATE TABLE IF NOT EXISTS {SCHEMA}.schema_version (
@@ -88,20 +89,26 @@ async def _apply(connection: asyncpg.Connection[Any]) -> list[str]:
     return done + await _apply_functions(connection)
 
 
+def functions_digest() -> str:
+    """Return the checksum of the functions that this program calls."""
+    return hashlib.sha256((read_sql(_FUNCTIONS) + repr(_moves())).encode()).hexdigest()
+
+
+def _moves() -> list[tuple[str, str, str]]:
+    return [(a, b, str(actor)) for a, row in MOVES.items() for b, actor in row.items()]
+
+
 async def _apply_functions(connection: asyncpg.Connection[Any]) -> list[str]:
-    text = read_sql("functions.sql")
-    moves = [(a, b, str(actor)) for a, row in MOVES.items() for b, actor in row.items()]
-    digest = hashlib.sha256((text + repr(moves)).encode()).hexdigest()
-    name = "functions.sql"
+    name, digest = _FUNCTIONS, functions_digest()
     if (
         await connection.fetchval("SELECT sha256 FROM schema_script WHERE name = $1", name)
         == digest
     ):
         return []
     async with connection.transaction():
-        await connection.execute(text)
+        await connection.execute(read_sql(name))
         await connection.execute("DELETE FROM move")
-        await connection.executemany("INSERT INTO move VALUES ($1, $2, $3)", moves)
+        await connection.executemany("INSERT INTO move VALUES ($1, $2, $3)", _moves())
         await connection.execute(
             "INSERT INTO schema_script (name, sha256) VALUES ($1, $2) "
             "ON CONFLICT (name) DO UPDATE SET sha256 = excluded.sha256, applied_at = now()",
@@ -109,6 +116,15 @@ async def _apply_functions(connection: asyncpg.Connection[Any]) -> list[str]:
             digest,
         )
     return [name]
+
+
+def check_functions(digest: str | None) -> None:
+    """Raise SchemaError unless the database's functions, of this checksum, are this program's."""
+    if digest != functions_digest():
+        raise SchemaError(
+            "the database's functions are those of another release of Ensemble: "
+            "ensemble db migrate (launchers of the other release should have ended)"
+        )
 
 
 def check_version(found: int | None, *, may_be_older: bool = False) -> None:

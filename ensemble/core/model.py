@@ -329,6 +329,8 @@ class LauncherIdentity:
 
     host: str
     boot_id: str
+    #: /etc/machine-id: two machines may have one host name.
+    machine_id: str
     #: The pid name space: the same pid in another one is another process.
     pid_namespace: str
     pid: int

@@ -18,7 +18,7 @@ from ensemble.core.database import (
     queries,
     wrapped,
 )
-from ensemble.core.migrations import check_version
+from ensemble.core.migrations import check_functions, check_version
 from ensemble.core.model import (
     App,
     Attempt,
@@ -69,11 +69,12 @@ class Store:
         """
         pool = await open_pool(address, name=name, max_size=max_size)
         try:
-            top = None
+            top = digest = None
             async with wrapped():  # the first connection: fail now, in one line
-                if await pool.fetchval("SELECT to_regclass('schema_version')::text"):
-                    top = await pool.fetchval(queries()["schema_top"])
+                if await pool.fetchval("SELECT to_regclass('schema_script')::text"):
+                    top, digest = (await pool.fetch(queries()["schema_found"]))[0]
             check_version(top)
+            check_functions(digest)
         except BaseException:
             pool.terminate()
             raise
@@ -252,6 +253,7 @@ class Store:
     ) -> tuple[list[TaskEvent], Cursor]:
         """Return the events after *cursor*, in the order of their transactions, and the new place."""
         async with wrapped():
+            horizon: str = await self.pool.fetchval(queries()["event_horizon"])
             rows = await self.pool.fetch(
                 queries()["select_new_events"],
                 cursor.xid,
@@ -262,6 +264,8 @@ class Store:
             )
         if rows:
             cursor = Cursor(xid=rows[-1]["xid"], id=rows[-1]["id"])
+        if len(rows) < limit and int(horizon) > int(cursor.xid):
+            cursor = Cursor(xid=horizon, id=0)  # what was filtered out is not read again
         return [_event(row) for row in rows], cursor
 
     async def check(self) -> list[Problem]:
@@ -300,7 +304,7 @@ class Store:
         """Remove tasks and their history; what is held, or waited for, stays. Return the removed."""
         async with wrapped():
             rows = await again_on_deadlock(
-                lambda: self.pool.fetch(queries()["remove_tasks"], list(ids))
+                lambda: self.pool.fetch("SELECT id FROM remove_tasks($1)", list(ids))
             )
         return sorted(row["id"] for row in rows)
 

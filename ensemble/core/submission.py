@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+import msgspec
 
 from ensemble.core.model import App, Changes, NewApp, NewTask
 from ensemble.errors import UsageError
@@ -18,9 +21,14 @@ from ensemble.errors import UsageError
 #: More nodes than the largest machine has (Fugaku: 158,976).
 LARGEST_MACHINE = 158_976
 _INT4 = 2**31 - 1
+_INT8 = 2**63 - 1
 _NAME_LENGTH = 128
+_WORKFLOW_LENGTH = 500
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+#: What neither an argument nor a column of the store can hold: NUL, and halves of characters, as
+#: which Python reads bytes that are not UTF-8.
+_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
 #: What later releases bring; accepting it now would lose it silently.
 _TASK_STAGES = (
     "input_files",
@@ -63,6 +71,8 @@ def check_app(new: NewApp) -> None:
     """Raise UsageError unless *new* can be registered."""
     _check_name("app", new.name)
     split_command(new.command, what=f"app {new.name}")
+    for field in ("command", "description", "env_script"):
+        _check_storable(getattr(new, field), field)
     _check_environ(new.environ)
     for field in ("preprocess", "postprocess"):
         if getattr(new, field) is not None:
@@ -81,9 +91,10 @@ def resolve(new: NewTask, apps: Mapping[str, App]) -> Resolved:
     Raises:
         UsageError: Something in it is wrong.
     """
+    _check_types(new)
     _refuse_stages(new)
     _check_numbers(new)
-    _check_text(new.workflow, "workflow")
+    _check_workflow(new.workflow)
     if (new.app is None) == (new.command is None):
         raise UsageError("give an app or a command, one of the two")
     app = None
@@ -92,10 +103,10 @@ def resolve(new: NewTask, apps: Mapping[str, App]) -> Resolved:
         if app is None:
             raise UsageError(f"there is no app {new.app!r} (ensemble app ls; ensemble app add)")
     argv = (*_words(new, app), *new.args)
-    for word in argv:
-        if "\0" in word:
-            raise UsageError("a NUL character cannot be passed in an argument")
-    name = new.name or new.app or re.sub(r"[^\w.-]", "_", argv[0].rsplit("/", 1)[-1])[:64] or "task"
+    _check_storable(argv, "an argument")
+    for field in ("mpi_flags", "cpu_affinity", "params", "tags", "data"):
+        _check_storable(getattr(new, field), field)
+    name = new.name or new.app or _default_name(argv[0])
     _check_name("task", name)
     environ = {**(app.environ if app else {}), **new.environ}
     _check_environ(environ)
@@ -158,9 +169,11 @@ def order(tasks: Sequence[NewTask], *, names: Sequence[str]) -> list[int]:
     Raises:
         UsageError: A parent's name is unknown or ambiguous, or parents form a cycle.
     """
-    if not any(isinstance(parent, str) for task in tasks for parent in task.parents):
+    wanted = {parent for task in tasks for parent in task.parents if isinstance(parent, str)}
+    if not wanted:
         return list(range(len(tasks)))
-    graph = {i: set(siblings(task, names)) for i, task in enumerate(tasks)}
+    places = _places(wanted, names)
+    graph = {i: _siblings(task, places) for i, task in enumerate(tasks)}
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -170,15 +183,33 @@ def order(tasks: Sequence[NewTask], *, names: Sequence[str]) -> list[int]:
 
 def siblings(task: NewTask, names: Sequence[str]) -> list[int]:
     """Return the indexes of the parents that *task* names within its own submission."""
+    wanted = {parent for parent in task.parents if isinstance(parent, str)}
+    return _siblings(task, _places(wanted, names)) if wanted else []
+
+
+def _places(wanted: set[str], names: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {name: [] for name in wanted}
+    for i, name in enumerate(names):
+        if name in wanted:
+            places[name].append(i)
+    return places
+
+
+def _siblings(task: NewTask, places: Mapping[str, Sequence[int]]) -> list[int]:
     found = []
     for parent in task.parents:
         if isinstance(parent, str):
-            places = [i for i, name in enumerate(names) if name == parent]
-            if len(places) != 1:
-                how = "no task" if not places else f"{len(places)} tasks"
+            if len(places[parent]) != 1:
+                how = f"{len(places[parent])} tasks" if places[parent] else "no task"
                 raise UsageError(f"parent {parent!r}: {how} of this submission has that name")
-            found.append(places[0])
+            found.append(places[parent][0])
     return found
+
+
+def _default_name(program: str) -> str:
+    """Name a task after its program; short enough for a directory in any script."""
+    name = re.sub(r"[^\w.-]", "_", program.rsplit("/", 1)[-1])[:48]
+    return name if name.strip(".") else "task"
 
 
 def _words(new: NewTask, app: App | None) -> list[str]:
@@ -189,6 +220,14 @@ def _words(new: NewTask, app: App | None) -> list[str]:
     command = app.command if app else new.command or ""
     what = f"app {app.name}" if app else "command"
     return [fill(word, new.params) for word in split_command(command, what=what)]
+
+
+def _check_types(new: NewTask) -> None:
+    """Refuse what a Python program may put into a field: the constructor does not look."""
+    try:
+        msgspec.convert(msgspec.to_builtins(new), NewTask)
+    except (msgspec.ValidationError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the task is malformed: {str(error).replace('$.', '')}") from error
 
 
 def _refuse_stages(new: NewTask) -> None:
@@ -206,7 +245,12 @@ def _check_numbers(new: NewTask) -> None:
         if value is not None and not least <= value <= _INT4:
             raise UsageError(f"{field} is {value}; it must be at least {least} and below 2^31")
     if new.time_limit_minutes is not None and not 0 < new.time_limit_minutes < 1e9:
-        raise UsageError(f"time_limit_minutes is {new.time_limit_minutes}; it must be above 0")
+        raise UsageError(
+            f"time_limit_minutes is {new.time_limit_minutes}; it must be above 0 and below 1e9"
+        )
+    for parent in new.parents:
+        if isinstance(parent, int) and not 0 < parent <= _INT8:
+            raise UsageError(f"parents: {parent} is not the id of a task")
 
 
 def _check_name(what: str, name: str) -> None:
@@ -215,20 +259,46 @@ def _check_name(what: str, name: str) -> None:
         raise UsageError(
             f"{what} name {shown!r}: use 1 to {_NAME_LENGTH} characters without slashes"
         )
+    _check_text(name, f"{what} name")
     if len(name.encode()) > 200:
         raise UsageError(f"{what} name {name[:40]!r}…: too long for a directory's name")
-    _check_text(name, f"{what} name")
+
+
+def _check_workflow(name: str) -> None:
+    _check_text(name, "workflow")
+    if len(name) > _WORKFLOW_LENGTH:
+        raise UsageError(
+            f"workflow {name[:40]!r}… has {len(name)} characters; up to {_WORKFLOW_LENGTH} are accepted"
+        )
 
 
 def _check_text(text: str, what: str) -> None:
     if _CONTROL.search(text):
         raise UsageError(f"{what} {text!r}: control characters are not accepted")
+    _check_storable(text, what)
+
+
+def _check_storable(value: Any, what: str) -> None:
+    """Refuse text, at any depth of *value*, that the store cannot hold."""
+    if isinstance(value, str):
+        found = _UNSTORABLE.search(value)
+        if found is not None:
+            bad = "a NUL character" if found[0] == "\0" else "text that is not UTF-8"
+            raise UsageError(f"{what}: {bad} cannot be passed on")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_storable(key, what)
+            _check_storable(item, what)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_storable(item, what)
 
 
 def _check_environ(environ: Mapping[str, str]) -> None:
     for key, value in environ.items():
         if not key or "=" in key or "\0" in key + value:
             raise UsageError(f"environment variable {key!r}: a name has no '=' and no NUL")
+        _check_storable(key + value, f"environment variable {key!r}")
 
 
 def check_changes(changes: Changes) -> None:
@@ -236,4 +306,6 @@ def check_changes(changes: Changes) -> None:
     given = {name: getattr(changes, name) for name in _BOUNDS if hasattr(changes, name)}
     plain = {name: value for name, value in given.items() if value is not None}
     _check_numbers(NewTask(command=["-"], time_limit_minutes=changes.time_limit_minutes, **plain))
-    _check_text(changes.workflow or "", "workflow")
+    _check_workflow(changes.workflow or "")
+    for field in ("tags", "data"):
+        _check_storable(getattr(changes, field), field)

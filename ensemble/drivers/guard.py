@@ -66,7 +66,8 @@ class Guard:
         self.watch()
         self.end_all()
         self.report()
-        if self.on_loss and self.lease and not self.said_bye:
+        # While something may still run, nobody may be told that nothing does.
+        if self.on_loss and self.lease and not self.said_bye and not self.stuck:
             self.tell_loss()
         return self.status if self.status is not None else 128 + signal.SIGKILL
 

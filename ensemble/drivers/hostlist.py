@@ -99,7 +99,7 @@ def _ranges(text: str, whole: str) -> list[tuple[int, int, int]]:
     for item in text.split(","):
         match = _RANGE.fullmatch(item)
         if match is None:
-            raise _malformed(whole, f"[{item[:40]}] is not a number or a range of numbers")
+            raise _malformed(whole, f"{item[:40]!r} is not a number or a range of numbers")
         low, high = int(match[1]), int(match[2] or match[1])
         if high < low:
             raise _malformed(whole, f"the range {item} runs backwards")

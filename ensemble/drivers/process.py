@@ -243,7 +243,7 @@ def sweep_token(prefix: str, *, timeout_s: float = 10.0) -> Swept:
     call it in a worker thread.
 
     Args:
-        prefix: Such as `"<lease>."`; its end matters, as 4 is a prefix of 41.
+        prefix: What `marker_prefix` returns; its end matters, as 4 is a prefix of 41.
     """
     if not prefix:
         raise ValueError("an empty prefix would match every task")
@@ -290,12 +290,20 @@ def identity(guard_pid: int | None = None) -> LauncherIdentity:
     return LauncherIdentity(
         host=os.uname().nodename,
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        machine_id=_machine_id(),
         pid_namespace=os.readlink("/proc/self/ns/pid"),
         pid=os.getpid(),
         start_ticks=own.start_ticks if own else 0,
         guard_pid=guard.pid if guard else None,
         guard_start_ticks=guard.start_ticks if guard else None,
     )
+
+
+def _machine_id() -> str:
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def is_alive(pid: int, start_ticks: int) -> bool:

@@ -11,13 +11,19 @@ import click
 from ensemble.core.model import App, Attempt, Counts, Launcher, Problem, Task, TaskEvent
 from ensemble.core.states import RUNNABLE, State
 from ensemble.render.document import elapsed_s
-from ensemble.render.text import clean, group_nodes, local_time, span
+from ensemble.render.text import clean, group_nodes, short_time, span
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 #: Wide enough that nothing is cut where no terminal limits it.
 _UNLIMITED = 4000
+#: Columns of text: these are cut when a terminal is too narrow, before any other.
+_SOFT = {
+    "name", "workflow", "app", "command", "description", "cause", "reason", "nodes", "filter",
+    "host", "problem",
+}  # fmt: skip
 _STYLES = {
     State.RUNNING: "cyan",
     State.JOB_FINISHED: "green",
@@ -43,30 +49,35 @@ _GROUPS: Mapping[str, Iterable[State]] = {
 def write(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under a header: one line each, `-` where there is nothing.
 
-    On a terminal, columns without any value are left out and long cells are cut; elsewhere, neither.
+    Without rows it says so on standard error, so that a pipe gets nothing. On a terminal, columns without any value are left out and long cells are cut; elsewhere, neither.
     """
+    if not rows:
+        click.echo("none", err=True)
+        return
     from rich.table import Table
-    from rich.text import Text
 
     console = _console()
     cells = [[_cell(value) for value in row] for row in rows]
     keep = [
         place
         for place in range(len(header))
-        if not console.is_terminal or not rows or any(row[place] != "-" for row in cells)
+        if not console.is_terminal or any(row[place] != "-" for row in cells)
     ]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for place in keep:
         is_number = any(isinstance(row[place], int | float) for row in rows)
         table.add_column(
-            header[place],
+            _line(header[place]),
             justify="right" if is_number else "left",
-            no_wrap=True,
+            no_wrap=header[place] not in _SOFT,
             overflow="ellipsis",
         )
     for row in cells:
-        table.add_row(*(Text(row[place], style=_style(row[place])) for place in keep))
-    console.print(table)
+        table.add_row(*(_line(row[place], _style(row[place])) for place in keep))
+    with console.capture() as printed:
+        console.print(table)
+    # Not by rich itself: it ends the program when the reader of a pipe leaves.
+    click.echo(printed.get(), nl=False, color=True)
 
 
 def tasks(found: Sequence[Task], now: datetime) -> None:
@@ -145,7 +156,7 @@ def states(counts: Counts) -> None:
 
 def attempts(found: Sequence[Attempt], now: datetime) -> None:
     """Print the attempts of a task."""
-    header = ("attempt", "lease", "nodes", "claimed", "started", "took", "exit", "outcome", "cause")
+    header = ("attempt", "lease", "nodes", "started", "took", "exit", "outcome", "cause")
     rows = []
     for attempt in found:
         end = attempt.ended_at or now
@@ -155,8 +166,7 @@ def attempts(found: Sequence[Attempt], now: datetime) -> None:
                 attempt.attempt,
                 attempt.lease_id,
                 group_nodes(attempt.nodes),
-                local_time(attempt.claimed_at),
-                local_time(attempt.started_at),
+                short_time(attempt.started_at or attempt.claimed_at),
                 took,
                 attempt.exit_code,
                 attempt.outcome,
@@ -170,12 +180,12 @@ def events(found: Sequence[TaskEvent]) -> None:
     """Print the history of a task."""
     rows = [
         (
-            local_time(event.at),
+            short_time(event.at),
             event.from_state,
             event.to_state,
             event.attempt,
             event.lease_id,
-            event.actor,
+            event.actor.removeprefix("ensemble_"),
             event.reason,
         )
         for event in found
@@ -213,6 +223,13 @@ def _cell(value: object) -> str:
 
 def _style(cell: str) -> str:
     return _STYLES.get(State(cell), "") if cell in State.__members__ else ""
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Return text for one line of a cell: cut when it is too long, never wrapped."""
+    from rich.text import Text
+
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _console() -> Console:

@@ -40,6 +40,11 @@ def local_time(at: datetime | None) -> str:
     return "" if at is None else at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
+def short_time(at: datetime) -> str:
+    """Write a moment of this year for a narrow column, in the reader's time zone."""
+    return at.astimezone().strftime("%m-%d %H:%M:%S")
+
+
 def list_ids(ids: Sequence[int]) -> list[str]:
     """Write ids one by one when they are few, else as ranges like `3-1002`, in their order."""
     if len(ids) <= _LIST_UP_TO:

@@ -56,7 +56,7 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         with _threads() as executor:
             ground = Ground(
                 site=site.path,
-                lease_id=lease.id,
+                marker_prefix=process.marker_prefix(lease.id, process.identity()),
                 environ=_own_environ(found),
                 mpi=found,
                 mpi_error=mpi_error,
@@ -77,10 +77,7 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
                 ground=ground,
                 guard=guard,
             )
-            status = await launcher.run()
-        if guard is not None and status == 0:
-            guard.bye()
-        return status
+            return await launcher.run()
     finally:
         await store.close()
 

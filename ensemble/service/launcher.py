@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar, assert_never
 
 from ensemble import log
@@ -22,6 +22,7 @@ from ensemble.core import listener
 from ensemble.core.dispatch import Dispatcher, Policy
 from ensemble.core.events import (
     Ask,
+    AskHeld,
     AskProspect,
     Claimed,
     ClaimFailed,
@@ -93,6 +94,7 @@ class Launcher:
         self._guard = guard
         self._log = log.get_logger(launcher=lease.launcher_id)
         self._group = asyncio.TaskGroup()
+        self._workers: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._handles: dict[int, tuple[Claim, Handle]] = {}
         self._places = asyncio.Semaphore(settings.max_launches)
@@ -104,13 +106,15 @@ class Launcher:
         self._written = asyncio.Event()
         self._recorder = Recorder(lease, self._log, on_written=self._written.set)
         self._last_signal = -math.inf
+        #: What bounds the wait for the last answers, once nothing runs any more.
+        self._patience: asyncio.Timeout | None = None
         self._trusted_until = math.inf
         now = runtime.monotonic_s()
         self._dispatcher = Dispatcher(nodes, policy, now=now)
         self._tally = Tally(nodes=len(nodes), now=now)
 
     async def run(self) -> int:
-        """Run tasks until time or work ends; return the exit status: 0 unless the lease was lost."""
+        """Run tasks until time or work ends; return the exit status: 0 when the books are closed."""
         runtime.on_signals(self._on_signal)
         self._log.info("launcher.started", lease=self._lease.id, nodes=len(self._nodes))
         async with self._group:
@@ -118,12 +122,14 @@ class Launcher:
             self._post(WorkRang())
             leave = await self._work()
             self._log.info("launcher.leaving", reason=leave.reason)
+            if self._guard is not None:
+                self._guard.deadline(math.inf)  # nothing of ours runs: what is left is to report
             await self._settle(leave)
-            for loop in loops:
-                loop.cancel()
-        await self._close(leave)
+            for worker in [*loops, *self._workers]:
+                worker.cancel()
+        is_closed = await self._close(leave)
         self._log.info("launcher.ended", **self._tally.summary())
-        return 1 if leave.is_lost else 0
+        return 0 if is_closed else 1
 
     def _loops(self) -> list[Coroutine[Any, Any, None]]:
         bell = Listener(
@@ -161,7 +167,7 @@ class Launcher:
                     return effect
                 self._perform(effect)
 
-    def _perform(self, effect: Effect) -> None:  # noqa: C901 - a line an effect
+    def _perform(self, effect: Effect) -> None:  # noqa: C901, PLR0912 - a line an effect
         match effect:
             case Ask(room):
                 self._spawn(self._ask(room))
@@ -170,26 +176,31 @@ class Launcher:
                 self._handles[claim.id] = (claim, handle)
                 self._spawn(self._run_task(effect, handle))
             case Terminate(task_id, is_forced):
-                claim, handle = self._handles[task_id]
-                self._spawn(taskrun.terminate(claim, handle, self._ground, is_forced=is_forced))
+                if task_id in self._handles:  # else it has ended, and its event is on its way
+                    claim, handle = self._handles[task_id]
+                    self._spawn(taskrun.terminate(claim, handle, self._ground, is_forced=is_forced))
             case RecordStart(start):
                 self._recorder.add_start(start)
             case RecordEnd(end):
                 self._record_end(end)
             case MarkTimedOut(pairs):
-                self._spawn(self._mark(self._lease.time_out(pairs)))
+                self._spawn(self._mark(lambda: self._lease.time_out(pairs)))
             case MarkDrained(reason):
                 self._log.info("launcher.draining", reason=reason)
-                self._spawn(self._mark(self._lease.drain(reason)))
+                self._spawn(self._mark(lambda: self._lease.drain(reason)))
             case AskProspect():
                 self._spawn(self._ask_prospect())
+            case AskHeld():
+                asyncio.get_running_loop().call_later(_TELL_S, self._doubt.set)
             case Leave():
                 raise AssertionError("the loop ends there")
             case _:
                 assert_never(effect)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._group.create_task(work)
+        worker = self._group.create_task(work)
+        self._workers.add(worker)
+        worker.add_done_callback(self._workers.discard)
 
     # ------------------------------------------------------------------ effects
 
@@ -198,6 +209,7 @@ class Launcher:
         if claims is None:
             await asyncio.sleep(TICK_S)  # the store is away: do not ask again at once
             self._post(ClaimFailed())
+            self._doubt.set()
         else:
             self._post(Claimed(claims=tuple(claims)))
 
@@ -210,6 +222,7 @@ class Launcher:
     async def _run_task(self, launch: Launch, handle: Handle) -> None:
         async with self._places:
             await taskrun.run_task(launch.claim, launch.placement, handle, self._ground, self._post)
+        del self._handles[launch.claim.id]
 
     def _record_end(self, end: End) -> None:
         self._recorder.add_end(end)
@@ -217,18 +230,19 @@ class Launcher:
         if end.outcome is Outcome.ERROR and self._tally.ended - self._tally.done <= _FAILURES_SHOWN:
             self._log.warning("task.failed", task=end.id, cause=str(end.cause), reason=end.reason)
 
-    async def _mark(self, mark: Awaitable[int]) -> None:
+    async def _mark(self, mark: Callable[[], Awaitable[int]]) -> None:
         """Write RUN_TIMEOUT for what runs, after the starts that are still on their way."""
         try:
             async with asyncio.timeout(TICK_S / 2):
                 await self._recorder.flush()
         except TimeoutError:
             pass  # their end reports will say the same
-        marked = await self._try(mark)
+        marked = await self._try(mark())
         self._log.info("tasks.timed_out", tasks=marked)
         self._written.set()
 
     async def _ask_prospect(self) -> None:
+        await self._recorder.flush()  # what ended may set others free
         found = await self._try(self._lease.has_prospect(self._workflows, len(self._nodes)))
         self._post(ProspectTold(has_prospect=found is not False))
 
@@ -260,7 +274,7 @@ class Launcher:
                 shown = self._tally.ended
                 self._log.info(
                     "launcher.progress",
-                    running=len(self._dispatcher.known),
+                    running=self._dispatcher.running,
                     done=self._tally.done,
                     not_done=shown - self._tally.done,
                 )
@@ -274,9 +288,9 @@ class Launcher:
         self._trusted_until = runtime.boottime_s() + trust_s
         while True:
             sent = runtime.boottime_s()
-            if await self._renew(patience_s=max(trust_s / 3, 0.5)):
+            if await self._renew(patience_s=min(max(trust_s / 3, 0.5), 30.0)):
                 self._trusted_until = sent + trust_s
-                if self._guard is not None:
+                if self._guard is not None and self._patience is None:
                     self._guard.deadline(sent + guard_s)
                 await asyncio.sleep(min(self._settings.heartbeat_s, trust_s / 3))
             else:
@@ -346,6 +360,8 @@ class Launcher:
         if now - self._last_signal >= _SAME_SIGNAL_S:
             self._last_signal = now
             self._post(DrainAsked(reason=f"received {name}"))
+            if self._patience is not None and not self._patience.expired():
+                self._patience.reschedule(asyncio.get_running_loop().time() + TICK_S)
 
     # ------------------------------------------------------------------ the end
 
@@ -356,19 +372,25 @@ class Launcher:
             left_s = self._policy.deadline - runtime.monotonic_s()
             patience_s = max(left_s + self._settings.margin_s / 2, 10.0)
         try:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(patience_s) as self._patience:
                 await self._recorder.flush()
         except TimeoutError:
             self._log.error("reports.not_written", reports=self._recorder.waiting)
+        self._patience = None
 
-    async def _close(self, leave: Leave) -> None:
+    async def _close(self, leave: Leave) -> bool:
+        """Close the lease, and let the guard go; where that fails the guard tries after us."""
         if leave.is_lost:
-            return
+            return False
         try:
             await self._lease.close(leave.reason)
-            await self._store.ring()
         except StoreUnavailableError as error:
             self._log.error("lease.not_closed", error=str(error))
+            return False
+        if self._guard is not None:
+            self._guard.bye()
+        await self._try(self._store.ring())
+        return True
 
 
 async def _rung(bell: asyncio.Event, at_most_s: float) -> None:

@@ -30,7 +30,8 @@ async def reap(store: Store, *, own_lease: int | None = None) -> int:
         if evidence is None:
             continue
         if other.boot_id == me.boot_id:
-            left = (await asyncio.to_thread(process.sweep_token, f"{lease_id}.")).left
+            marker = process.marker_prefix(lease_id, other)
+            left = (await asyncio.to_thread(process.sweep_token, marker)).left
             if left:
                 log.warning("lease.survivors_left", lease=lease_id, pids=left)
                 continue
@@ -50,11 +51,9 @@ def find_evidence(other: LauncherIdentity, me: LauncherIdentity) -> str | None:
 
     A container has its own pids: only a process of the same pid name space can be looked up.
     """
-    if other.host != me.host:
+    if other.host != me.host or other.machine_id != me.machine_id:
         return None
     if other.boot_id != me.boot_id:
-        # Two machines can have one name: a boot id that was never seen here proves nothing, but the
-        # host name is the scheduler's address of the node, and a node that booted has lost all.
         return "its host has been booted again"
     if other.pid_namespace != me.pid_namespace:
         return None

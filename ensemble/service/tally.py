@@ -31,14 +31,15 @@ class Tally:
     def count(self, end: End) -> None:
         """Take in the end of a run."""
         self._outcomes[end.outcome] += 1
-        self._last_end = self._last
+        if end.outcome is not Outcome.GIVEN_BACK:
+            self._last_end = self._last
 
     def pass_time(self, now: float, busy_nodes: int) -> None:
         """Say how many nodes were busy until *now*, in monotonic seconds."""
+        if busy_nodes and self._first_start is None:
+            self._first_start = self._last
         self._busy_s += (now - self._last) * busy_nodes
         self._last = now
-        if busy_nodes and self._first_start is None:
-            self._first_start = now
 
     def summary(self) -> dict[str, object]:
         """Return what is logged and printed at the end; times in seconds."""

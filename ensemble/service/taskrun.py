@@ -23,6 +23,8 @@ class Handle:
     """What can be done to a task while it is launched and runs."""
 
     process: process.Process | None = None
+    #: The waits before its process is made: cut short when it is to be ended.
+    preparation: asyncio.Timeout | None = None
     #: It is to be ended; before its process is made this means that none is.
     is_doomed: bool = False
     #: We signalled it while it ran, so its exit status 0 proves nothing.
@@ -40,7 +42,8 @@ class Ground:
     """What all tasks of a launcher run on."""
 
     site: Path
-    lease_id: int
+    #: What begins the markers of this launcher's tasks.
+    marker_prefix: str
     #: The launcher's own environment, without what an outer MPI launch put there.
     environ: Mapping[str, str]
     mpi: mpi.MpiLauncher | None
@@ -59,14 +62,13 @@ async def run_task(
     claim: Claim, placement: Placement, handle: Handle, ground: Ground, post: Post
 ) -> None:
     """Launch a task, wait for it, sweep what it left, and post what happened."""
-    await ground.admit()
-    if handle.is_ending():
-        post(Skipped(id=claim.id, attempt=claim.attempt, at=utc_now()))
-        return
     output = output_path(claim, ground)
     loop = asyncio.get_running_loop()
     try:
-        env = await task_environ(claim, placement, ground)
+        env = await _prepare(claim, placement, handle, ground)
+        if env is None or handle.is_ending():
+            post(Skipped(id=claim.id, attempt=claim.attempt, at=utc_now()))
+            return
         argv = command_line(claim, placement, ground, env)
         handle.process = await loop.run_in_executor(
             ground.executor, lambda: process.start(argv, env=env, cwd=output.parent, output=output)
@@ -101,10 +103,28 @@ async def run_task(
     )
 
 
+async def _prepare(
+    claim: Claim, placement: Placement, handle: Handle, ground: Ground
+) -> dict[str, str] | None:
+    """Wait for the task's turn and return its environment; None when it is to be ended meanwhile."""
+    if handle.is_ending():
+        return None
+    try:
+        async with asyncio.timeout(None) as handle.preparation:
+            await ground.admit()
+            return await task_environ(claim, placement, ground)
+    except TimeoutError:
+        return None
+    finally:
+        handle.preparation = None
+
+
 async def terminate(claim: Claim, handle: Handle, ground: Ground, *, is_forced: bool) -> None:
     """End a task's whole tree; its `run_task` posts the end."""
     handle.is_doomed = True
     handle.is_forced = handle.is_forced or is_forced
+    if handle.preparation is not None and not handle.preparation.expired():
+        handle.preparation.reschedule(asyncio.get_running_loop().time())
     running = handle.process
     if running is None:
         return  # run_task sees the doom, or `terminate` is called again when it has started
@@ -168,8 +188,8 @@ async def task_environ(claim: Claim, placement: Placement, ground: Ground) -> di
     if claim.env_script is not None:
         env = await source(claim.env_script, env)
     env |= claim.environ
-    if claim.threads_per_rank is not None:
-        env.setdefault("OMP_NUM_THREADS", str(claim.threads_per_rank))
+    if claim.threads_per_rank is not None and "OMP_NUM_THREADS" not in claim.environ:
+        env["OMP_NUM_THREADS"] = str(claim.threads_per_rank)
     if ground.mpi is not None and is_wrapped(claim, placement, ground):
         env |= mpi.environ_for(ground.mpi.flavor, is_root=os.geteuid() == 0)
     return env | {
@@ -179,7 +199,7 @@ async def task_environ(claim: Claim, placement: Placement, ground: Ground) -> di
         "ENSEMBLE_WORKFLOW": claim.workflow,
         "ENSEMBLE_PARENT_IDS": ",".join(map(str, claim.parent_ids)),
         "ENSEMBLE_NODES": ",".join(placement.names),
-        "ENSEMBLE_TASK_TOKEN": f"{ground.lease_id}.{claim.id}.{claim.attempt}",
+        "ENSEMBLE_TASK_TOKEN": f"{ground.marker_prefix}{claim.id}.{claim.attempt}",
     }
 
 
@@ -198,7 +218,7 @@ async def source(script: str, env: Mapping[str, str]) -> dict[str, str]:
             ["bash", "-c", '. "$0" >&2 && exec env -0', script], env=env, timeout_s=300
         )
         if done.code != 0:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            last = (process.printable(done.stderr).strip().splitlines() or ["no output"])[-1]
             raise LaunchError(f"environment script {script} failed with {done.code}: {last}")
         pairs = (item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)
         _sourced[key] = dict(pairs)

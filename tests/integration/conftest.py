@@ -1,4 +1,4 @@
-"""What integration tests share: a site with launchers."""
+"""What integration tests share: a site with launchers, a store with hands."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import asyncpg
 import pytest
 
+from ensemble.core.database import Address, connect
 from ensemble.core.store import Store
-from ensemble.site import Site
+from ensemble.site import OWNER, Site
 from tests.integration.launching import Ensemble
+from tests.integration.storing import Desk
 
 
 @pytest.fixture
@@ -32,3 +35,19 @@ async def ens(site: Site, store: Store, eventually: Callable[..., Any]) -> Async
     assert running == [], f"a launcher was left running:\n{running[0].log}"
     assert left == [], "processes of tasks were left"
     assert await store.check() == []
+
+
+@pytest.fixture
+async def desk(store: Store) -> AsyncIterator[Desk]:
+    """Hands for an empty store; afterwards its invariants hold, unless the test planted a fault."""
+    found = Desk(store)
+    yield found
+    assert await store.check() == []
+
+
+@pytest.fixture
+async def owner(site: Site, address: Address) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A connection of the schema's owner."""
+    connection = await connect(site.address(OWNER), name="test owner")
+    yield connection
+    connection.terminate()

@@ -35,7 +35,9 @@ BOTH_MPI = [
         id="mpich",
         marks=[
             pytest.mark.mpi,
-            pytest.mark.skipif(not MPICH.exists(), reason="NOT TESTED with MPICH: no mpiexec of it"),
+            pytest.mark.skipif(
+                not MPICH.exists(), reason="NOT TESTED with MPICH: no mpiexec of it"
+            ),
         ],
     ),
     pytest.param(
@@ -47,6 +49,24 @@ BOTH_MPI = [
         ],
     ),
 ]
+
+#: Where distributions put Open MPI's library.
+OPENMPI_LIBRARIES = [
+    "/usr/lib/x86_64-linux-gnu/libmpi.so.40",
+    "/usr/lib64/openmpi/lib/libmpi.so.40",
+    "/usr/lib/aarch64-linux-gnu/libmpi.so.40",
+]
+
+
+def mpi_environ(mpi: str) -> dict[str, str]:
+    """Return what mpi4py's wheel must be told: it finds the MPICH wheel's library by itself."""
+    if mpi == str(MPICH):
+        return {}
+    library = next((path for path in OPENMPI_LIBRARIES if os.path.exists(path)), None)
+    if library is None:
+        pytest.skip("NOT TESTED with mpi4py on Open MPI: no libmpi.so.40 at a place known here")
+    told = {"MPI4PY_LIBMPI": library, "MPI4PY_MPIABI": "openmpi"}
+    return told | {"OMPI_MCA_btl": "self,vader,tcp"}
 
 
 def sh(script: str, *args: str, **fields: Any) -> NewTask:
@@ -62,11 +82,22 @@ def python(script: str, *args: str, **fields: Any) -> NewTask:
 class Launched:
     """One `ensemble launch`: the guard is the process that was started, the launcher its child."""
 
-    def __init__(self, site: Site, log: Path, flags: Sequence[str], environ: dict[str, str]) -> None:
+    def __init__(
+        self, site: Site, log: Path, flags: Sequence[str], environ: dict[str, str]
+    ) -> None:
         self.log_path = log
         with log.open("wb") as file:
             self.guard = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ensemble", "--site", str(site.path), "launch", *flags],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "ensemble",
+                    "--site",
+                    str(site.path),
+                    "launch",
+                    *flags,
+                ],
                 cwd=site.path,
                 env=environ,
                 stdin=subprocess.DEVNULL,

@@ -113,8 +113,8 @@ def test_every_error_is_one_line(raised, status, line, monkeypatch, capsys):
     def fail(*_args, **_options):
         raise raised
 
-    monkeypatch.setattr(group, "main", fail)
-    assert main([]) == status
+    monkeypatch.setattr(group, "invoke", fail)
+    assert main(["status"]) == status
     assert capsys.readouterr().err == line
 
 

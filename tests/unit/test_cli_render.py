@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -70,14 +69,13 @@ def test_outside_a_terminal_no_line_is_wrapped_and_no_cell_empty(capsys):
     assert len(row.split()) == len(header.split())
 
 
-def test_on_a_terminal_columns_without_values_are_left_out(monkeypatch):
+def test_on_a_terminal_columns_without_values_are_left_out(monkeypatch, capsys):
     from rich.console import Console
 
-    out = io.StringIO()
-    terminal = Console(file=out, force_terminal=True, width=80, color_system=None)
+    terminal = Console(force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(tables, "_console", lambda: terminal)
     tables.tasks([make(state=State.FAILED, exit_code=3)], NOW)
-    assert out.getvalue().splitlines()[0].split() == [
+    assert capsys.readouterr().out.splitlines()[0].split() == [
         "id", "name", "state", "attempt", "nodes", "exit", "age",
     ]  # fmt: skip
 

@@ -51,35 +51,54 @@ $$;
 CREATE OR REPLACE FUNCTION task_moved() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = ensemble, pg_temp AS $$
 DECLARE
-  v_bad record;
+  v_bad bigint;
+  v_was text;
+  v_wanted text;
+  v_is_legal boolean;
   v_done bigint[];
   v_dead bigint[];
   v_kill boolean;
 BEGIN
-  SELECT o.id, o.state AS was, n.state AS wanted INTO v_bad
-    FROM new_rows n JOIN old_rows o USING (id)
-   WHERE n.state <> o.state
-     AND NOT EXISTS (SELECT 1 FROM move m WHERE m.from_state = o.state AND m.to_state = n.state)
-   LIMIT 1;
-  IF FOUND THEN
-    RAISE EXCEPTION 'task % is % and cannot become %', v_bad.id, v_bad.was, v_bad.wanted
-      USING ERRCODE = 'EN002';
-  END IF;
-  WITH written AS (
+  -- Old and new rows are paired by GROUP BY, not by a join: a session plans this once, for as many
+  -- rows as its first statement had, and a nested loop planned for one row is quadratic for 10^4.
+  WITH pair AS MATERIALIZED (
+    SELECT id, max(was) AS was, max(wanted) AS wanted, max(attempt) AS attempt,
+           max(lease_id) AS lease_id, bool_or(is_held) AS is_held,
+           max(old_why) AS old_why, max(why) AS why
+      FROM (SELECT id, state AS was, NULL AS wanted, NULL::int AS attempt, lease_id,
+                   false AS is_held, concat_ws(': ', cause, reason) AS old_why, NULL AS why
+              FROM old_rows
+             UNION ALL
+            SELECT id, NULL, state, attempt, lease_id, lease_id IS NOT NULL, NULL,
+                   concat_ws(': ', cause, reason)
+              FROM new_rows) x
+     GROUP BY id HAVING max(was) IS DISTINCT FROM max(wanted)
+  ), bad AS MATERIALIZED (
+    SELECT p.id, p.was, p.wanted, m.from_state IS NOT NULL AS is_legal
+      FROM pair p LEFT JOIN move m ON m.from_state = p.was AND m.to_state = p.wanted
+     WHERE m.from_state IS NULL OR (p.is_held AND p.wanted IN ('PREPROCESSED', 'RESTART_READY'))
+     ORDER BY p.id LIMIT 1
+  ), written AS (
     INSERT INTO event (task_id, at, from_state, to_state, attempt, lease_id, actor, reason)
-    SELECT n.id, clock_timestamp(), o.state, n.state, n.attempt, coalesce(n.lease_id, o.lease_id),
-           session_user,
-           CASE WHEN n.cause IS DISTINCT FROM o.cause OR n.reason IS DISTINCT FROM o.reason
-                THEN nullif(concat_ws(': ', n.cause, n.reason), '') END
-      FROM new_rows n JOIN old_rows o USING (id)
-     WHERE n.state <> o.state
-     ORDER BY n.id
+    SELECT id, clock_timestamp(), was, wanted, attempt, lease_id, session_user,
+           CASE WHEN why <> old_why THEN nullif(why, '') END
+      FROM pair WHERE NOT EXISTS (SELECT 1 FROM bad)
+     ORDER BY id
     RETURNING task_id, to_state, lease_id
   )
   SELECT array_agg(task_id) FILTER (WHERE to_state = 'JOB_FINISHED'),
          array_agg(task_id) FILTER (WHERE to_state IN ('FAILED', 'USER_KILLED')),
-         bool_or(to_state = 'USER_KILLED' AND lease_id IS NOT NULL)
-    INTO v_done, v_dead, v_kill FROM written;
+         bool_or(to_state = 'USER_KILLED' AND lease_id IS NOT NULL),
+         max(b.id), max(b.was), max(b.wanted), bool_or(b.is_legal)
+    INTO v_done, v_dead, v_kill, v_bad, v_was, v_wanted, v_is_legal
+    FROM written FULL JOIN bad b ON false;
+  IF v_is_legal THEN
+    RAISE EXCEPTION 'task % is held by a launcher: it cannot become % before its process is gone',
+      v_bad, v_wanted USING ERRCODE = 'EN004';
+  ELSIF v_bad IS NOT NULL THEN
+    RAISE EXCEPTION 'task % is % and cannot become %', v_bad, v_was, v_wanted
+      USING ERRCODE = 'EN002';
+  END IF;
   IF v_kill THEN
     PERFORM pg_notify('ensemble_kill', '');
   END IF;
@@ -112,15 +131,34 @@ BEGIN
   RETURN NULL;
 END $$;
 
--- task_removed(): what is held may still have a process; it cannot be removed.
+-- is_waited_for(parent_state, child_state, child_pending): whether a child would never run, or
+-- never again, without this parent's row.
+CREATE OR REPLACE FUNCTION is_waited_for(p_parent text, p_child text, p_pending int)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+  SELECT p_child = 'AWAITING_PARENTS' OR (p_parent <> 'JOB_FINISHED' AND p_pending > 0)
+$$;
+
+-- task_removed(): what is held may still have a process, and what is waited for decides about
+-- others; neither can be removed.
 CREATE OR REPLACE FUNCTION task_removed() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = ensemble, pg_temp AS $$
 DECLARE
   v_id bigint;
+  v_child bigint;
 BEGIN
   SELECT id INTO v_id FROM old_rows WHERE lease_id IS NOT NULL LIMIT 1;
   IF FOUND THEN
     RAISE EXCEPTION 'task % is held by a launcher and cannot be removed', v_id
+      USING ERRCODE = 'EN004';
+  END IF;
+  SELECT o.id, c.id INTO v_id, v_child
+    FROM old_rows o
+    JOIN task_parent e ON e.parent_id = o.id AND e.waits
+    JOIN task c ON c.id = e.child_id
+   WHERE is_waited_for(o.state, c.state, c.pending_parents)
+   LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'task % waits for task %, which cannot be removed before it', v_child, v_id
       USING ERRCODE = 'EN004';
   END IF;
   DELETE FROM task_spec s USING old_rows o WHERE s.task_id = o.id;
@@ -176,10 +214,11 @@ BEGIN
         v_other, p_scheduler_job_id USING ERRCODE = 'EN003';
     END IF;
   END IF;
-  INSERT INTO launcher (host, boot_id, pid_namespace, pid, start_ticks, guard_pid,
+  INSERT INTO launcher (host, boot_id, machine_id, pid_namespace, pid, start_ticks, guard_pid,
                         guard_start_ticks, version, job_mode, wf_filter, nodes, scheduler,
                         scheduler_job_id, restart_count, ends_at)
-  VALUES (p_identity->>'host', p_identity->>'boot_id', p_identity->>'pid_namespace',
+  VALUES (p_identity->>'host', p_identity->>'boot_id', p_identity->>'machine_id',
+          p_identity->>'pid_namespace',
           (p_identity->>'pid')::int, (p_identity->>'start_ticks')::bigint,
           (p_identity->>'guard_pid')::int, (p_identity->>'guard_start_ticks')::bigint,
           p_version, p_job_mode, p_wf_filter, p_nodes, p_scheduler, p_scheduler_job_id,
@@ -329,10 +368,22 @@ BEGIN
   IF NOT is_lease_active(p_lease) THEN
     RAISE EXCEPTION 'lease % is not active', p_lease USING ERRCODE = 'EN001';
   END IF;
-  WHILE v_free > 0 AND cardinality(v_ids) < p_limit AND v_probes < 200 LOOP
+  WHILE v_free > 0 AND cardinality(v_ids) < p_limit AND v_probes < 250 LOOP
     v_probes := v_probes + 1;
     v_widest := greatest(v_free - p_ahead, 1);   -- what is taken ahead is one node wide
     v_nodes := least(v_nodes, v_widest);
+    IF v_probes = 200 THEN
+      -- So many sizes and priorities, and nothing that fits: one walk along the index to what does.
+      EXIT WHEN v_ids <> '{}';
+      SELECT t.priority, t.num_nodes INTO v_priority, v_nodes FROM task t
+       WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+         AND (t.priority, t.num_nodes) <= (v_priority, v_nodes)
+         AND t.num_nodes <= v_widest AND t.wall_time_minutes <= p_minutes
+         AND (p_workflows IS NULL OR t.workflow_id = ANY (p_workflows))
+       ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+       LIMIT 1;
+      EXIT WHEN NOT FOUND;
+    END IF;
     SELECT * INTO v_size FROM next_size(p_workflows, v_priority, v_nodes);
     EXIT WHEN NOT FOUND;
     v_priority := v_size.priority;
@@ -388,7 +439,7 @@ LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
            WHEN NOT p.own_fault AND t.auto_timeout_retry AND t.timeouts < t.max_timeouts
              THEN 'RESTART_READY'
            ELSE 'FAILED' END
-    FROM (SELECT s.id, s.state = 'RUN_ERROR' OR s.cause = 'time limit' AS own_fault
+    FROM (SELECT s.id, s.state = 'RUN_ERROR' OR s.cause IS NOT DISTINCT FROM 'time limit' AS own_fault
             FROM task s WHERE s.id = ANY (p_ids)) p
    WHERE t.id = p.id AND t.lease_id IS NULL AND t.state IN ('RUN_ERROR', 'RUN_TIMEOUT')
 $$;
@@ -418,17 +469,69 @@ BEGIN
         LEFT JOIN ensemble.attempt a ON a.task_id = i.id AND a.attempt = i.attempt
         LEFT JOIN task t ON t.id = i.id
     ), begun AS (
-      UPDATE ensemble.attempt a SET started_at = r.at, nodes = string_to_array(r.nodes, ',')
+      UPDATE ensemble.attempt a SET started_at = least(r.at, clock_timestamp()), nodes = string_to_array(r.nodes, ',')
         FROM report r
        WHERE r.verdict = 'applied' AND a.task_id = r.id AND a.attempt = r.attempt
     ), moved AS (
-      UPDATE task t SET started_at = r.at,
+      UPDATE task t SET started_at = least(r.at, clock_timestamp()), ended_at = NULL,
+             exit_code = NULL,
              state = CASE WHEN t.state IN ('PREPROCESSED', 'RESTART_READY') THEN 'RUNNING'
                           ELSE t.state END
         FROM report r
        WHERE r.verdict = 'applied' AND t.id = r.id
     )
     SELECT r.id, r.attempt, r.verdict FROM report r;
+END $$;
+
+-- blocked_parents(done, dead): locks whatever the end of these tasks will change below them, and
+-- returns those of them for which that is not to be had within a moment: somebody's open
+-- transaction holds a child. A launcher reports such a task again and is not stalled by it.
+CREATE OR REPLACE FUNCTION blocked_parents(p_done bigint[], p_dead bigint[]) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp SET lock_timeout = '250ms' AS $$
+DECLARE
+  v_below bigint[];
+  v_got bigint[];
+  v_missed bigint[];
+BEGIN
+  IF NOT EXISTS (SELECT 1 FROM task_parent WHERE parent_id = ANY (p_done || p_dead) AND waits) THEN
+    RETURN '{}';  -- most tasks have no children
+  END IF;
+  WITH RECURSIVE down (id) AS (
+    SELECT child_id FROM task_parent WHERE parent_id = ANY (p_dead) AND waits
+    UNION
+    SELECT e.child_id
+      FROM down d
+      JOIN task c ON c.id = d.id AND c.state = 'AWAITING_PARENTS'
+      JOIN task_parent e ON e.parent_id = d.id AND e.waits
+  )
+  SELECT array_agg(id) INTO v_below FROM (
+    SELECT id FROM down
+     UNION
+    SELECT child_id FROM task_parent WHERE parent_id = ANY (p_done) AND waits) b;
+  IF v_below IS NULL THEN
+    RETURN '{}';
+  END IF;
+  SELECT array_agg(l.id) INTO v_got FROM (
+    SELECT t.id FROM task t WHERE t.id = ANY (v_below) ORDER BY t.id
+       FOR NO KEY UPDATE SKIP LOCKED) l;
+  SELECT array_agg(x.id) INTO v_missed FROM (
+    SELECT t.id FROM task t WHERE t.id = ANY (v_below) EXCEPT SELECT unnest(v_got)) x;
+  IF v_missed IS NULL THEN
+    RETURN '{}';
+  END IF;
+  BEGIN
+    PERFORM 1 FROM task t WHERE t.id = ANY (v_missed) ORDER BY t.id FOR NO KEY UPDATE;
+    RETURN '{}';
+  EXCEPTION WHEN lock_not_available THEN
+    NULL;
+  END;
+  RETURN (
+    WITH RECURSIVE up (id) AS (
+      SELECT parent_id FROM task_parent WHERE child_id = ANY (v_missed) AND waits
+      UNION
+      SELECT e.parent_id FROM up u JOIN task_parent e ON e.child_id = u.id AND e.waits
+    )
+    SELECT coalesce(array_agg(id), '{}') FROM up WHERE id = ANY (p_done || p_dead));
 END $$;
 
 -- finish_tasks(lease, ...): nothing of these attempts runs any more. Fenced on the attempt row, so
@@ -444,18 +547,30 @@ LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 DECLARE
   v_live boolean := is_lease_active(p_lease);
   v_locked bigint[];
+  v_blocked bigint[];
   v_unsettled bigint[];
   v_verdicts jsonb;
 BEGIN
   SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
     SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
+  SELECT blocked_parents(array_agg(i.id) FILTER (WHERE i.outcome = 'done'),
+                         array_agg(i.id) FILTER (WHERE i.outcome NOT IN ('done', 'given back')))
+    INTO v_blocked FROM unnest(p_id, p_outcome) AS i (id, outcome);
+  IF v_blocked <> '{}' THEN
+    v_locked := ARRAY (SELECT unnest(v_locked) EXCEPT SELECT unnest(v_blocked));
+  END IF;
   WITH report AS MATERIALIZED (
-    SELECT i.id, i.attempt, i.outcome, coalesce(i.at, clock_timestamp()) AS at, i.started, i.nodes,
+    SELECT i.id, i.attempt, i.nodes,
+           -- What is on record as started was not given back unstarted: it is lost.
+           CASE WHEN i.outcome = 'given back' AND t.state = 'RUNNING' THEN 'lost'
+                ELSE i.outcome END AS outcome,
+           -- No clock of a launcher makes an attempt outlive its hold.
+           least(i.at, clock_timestamp()) AS at, CASE WHEN i.started IS NOT NULL THEN least(i.started, clock_timestamp()) END AS started,
            i.code, i.cause, i.reason, i.error, t.state AS was,
            CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
                 WHEN a.task_id IS NULL OR a.lease_id <> p_lease THEN 'fenced'
                 WHEN a.ended_at IS NOT NULL THEN
-                  CASE WHEN a.outcome = 'lost' THEN 'fenced' ELSE 'duplicate' END
+                  CASE WHEN a.outcome = 'lost' AND NOT v_live THEN 'fenced' ELSE 'duplicate' END
                 WHEN NOT v_live THEN 'fenced'
                 WHEN NOT i.id = ANY (v_locked) THEN 'busy'
                 ELSE 'applied' END AS verdict
@@ -479,7 +594,8 @@ BEGIN
     UPDATE task t
        SET lease_id = NULL,
            started_at = coalesce(r.started, t.started_at),
-           ended_at = CASE WHEN r.outcome = 'given back' THEN t.ended_at ELSE r.at END,
+           ended_at = CASE WHEN r.outcome = 'given back' AND t.state <> 'USER_KILLED'
+                           THEN t.ended_at ELSE r.at END,
            exit_code = CASE WHEN r.outcome = 'given back' THEN t.exit_code ELSE r.code END,
            cause = CASE
              WHEN t.state = 'USER_KILLED' THEN coalesce(t.cause, 'killed by user')
@@ -528,6 +644,7 @@ BEGIN
   SELECT coalesce(array_agg(l.id), '{}') INTO v_ids FROM (
     SELECT t.id FROM task t WHERE t.lease_id = p_lease
      ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) l;
+  v_ids := ARRAY (SELECT unnest(v_ids) EXCEPT SELECT unnest(blocked_parents('{}', v_ids)));
   UPDATE attempt a
      SET ended_at = clock_timestamp(), reason = v_evidence,
          outcome = CASE WHEN t.state = 'USER_KILLED' THEN 'killed' ELSE 'lost' END,
@@ -537,7 +654,8 @@ BEGIN
   UPDATE task t
      SET lease_id = NULL,
          losses = t.losses + CASE WHEN t.state = 'RUNNING' THEN 1 ELSE 0 END,
-         ended_at = CASE WHEN t.state = 'RUNNING' THEN clock_timestamp() ELSE t.ended_at END,
+         ended_at = CASE WHEN t.state IN ('PREPROCESSED', 'RESTART_READY') THEN t.ended_at
+                         ELSE clock_timestamp() END,
          cause = CASE WHEN t.state = 'RUNNING' THEN 'launcher lost' ELSE t.cause END,
          reason = CASE WHEN t.state = 'RUNNING' THEN v_evidence ELSE t.reason END,
          state = CASE WHEN t.state <> 'RUNNING' THEN t.state
@@ -554,9 +672,12 @@ END $$;
 -- open transaction has locked is skipped; its end report says the same.
 CREATE OR REPLACE FUNCTION drain_tasks(p_lease bigint, p_reason text) RETURNS int
 LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
-  WITH locked AS MATERIALIZED (
-    SELECT t.id FROM task t WHERE t.lease_id = p_lease AND t.state = 'RUNNING'
-     ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED
+  WITH live AS MATERIALIZED (
+    SELECT id FROM lease WHERE id = p_lease AND state = 'ACTIVE' FOR KEY SHARE
+  ), locked AS MATERIALIZED (
+    SELECT t.id FROM task t
+     WHERE t.lease_id = p_lease AND t.state = 'RUNNING' AND EXISTS (SELECT 1 FROM live)
+     ORDER BY t.id FOR NO KEY UPDATE OF t SKIP LOCKED
   ), marked AS (
     UPDATE task t SET state = 'RUN_TIMEOUT', cause = 'allocation ended', reason = p_reason
       FROM locked l WHERE t.id = l.id AND t.lease_id = p_lease AND t.state = 'RUNNING'
@@ -569,10 +690,12 @@ $$;
 CREATE OR REPLACE FUNCTION time_out_tasks(p_lease bigint, p_id bigint[], p_attempt int[])
 RETURNS int
 LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
-  WITH locked AS MATERIALIZED (
+  WITH live AS MATERIALIZED (
+    SELECT id FROM lease WHERE id = p_lease AND state = 'ACTIVE' FOR KEY SHARE
+  ), locked AS MATERIALIZED (
     SELECT t.id FROM task t JOIN unnest(p_id, p_attempt) AS i (id, attempt)
         ON i.id = t.id AND i.attempt = t.attempt
-     WHERE t.lease_id = p_lease AND t.state = 'RUNNING'
+     WHERE t.lease_id = p_lease AND t.state = 'RUNNING' AND EXISTS (SELECT 1 FROM live)
      ORDER BY t.id FOR NO KEY UPDATE OF t SKIP LOCKED
   ), marked AS (
     UPDATE task t SET state = 'RUN_TIMEOUT', cause = 'time limit', reason = NULL
@@ -602,28 +725,84 @@ LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
 $$;
 
 -- retry_tasks(ids): FAILED and USER_KILLED tasks that are not held run again, and with them what
--- had failed only because of them. Counters start afresh; attempt goes on rising.
+-- had failed only because of them. Counters start afresh; attempt goes on rising. What waits for a
+-- task that stays dead stays dead too. Parents are kept from moving until commit: one that failed
+-- meanwhile would not find the child that is being revived.
 CREATE OR REPLACE FUNCTION retry_tasks(p_ids bigint[]) RETURNS TABLE (id bigint)
-LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+  v_wanted bigint[];
+BEGIN
   WITH RECURSIVE wanted (id) AS (
-    SELECT t.id FROM task t WHERE t.id = ANY (p_ids)
+    SELECT t.id FROM task t WHERE t.id = ANY (p_ids) AND t.state IN ('FAILED', 'USER_KILLED')
     UNION
     SELECT c.id FROM wanted w
       JOIN task_parent e ON e.parent_id = w.id AND e.waits
       JOIN task c ON c.id = e.child_id AND c.state = 'FAILED' AND c.cause = 'parent'
-  ), locked AS MATERIALIZED (
-    SELECT t.id FROM task t JOIN wanted USING (id)
-     WHERE t.state IN ('FAILED', 'USER_KILLED') AND t.lease_id IS NULL
-     ORDER BY t.id FOR NO KEY UPDATE OF t
   )
-  UPDATE task t
-     SET state = CASE WHEN t.pending_parents > 0 THEN 'AWAITING_PARENTS' ELSE 'PREPROCESSED' END,
-         failures = 0, timeouts = 0, losses = 0, cause = NULL, reason = NULL, exit_code = NULL,
-         started_at = NULL, ended_at = NULL
-    FROM locked l
-   WHERE t.id = l.id AND t.state IN ('FAILED', 'USER_KILLED') AND t.lease_id IS NULL
-  RETURNING t.id
-$$;
+  SELECT array_agg(w.id) INTO v_wanted FROM wanted w;
+  PERFORM 1 FROM task t
+    WHERE t.id IN (SELECT unnest(v_wanted) UNION
+                   SELECT e.parent_id FROM task_parent e WHERE e.child_id = ANY (v_wanted) AND e.waits)
+    ORDER BY t.id FOR NO KEY UPDATE;
+  RETURN QUERY
+    WITH RECURSIVE wanted AS MATERIALIZED (
+      SELECT w.id FROM unnest(v_wanted) AS w (id)
+    ), stays (id) AS (
+      SELECT t.id FROM wanted w JOIN task t ON t.id = w.id
+       WHERE t.state NOT IN ('FAILED', 'USER_KILLED') OR t.lease_id IS NOT NULL
+          OR EXISTS (
+            SELECT 1 FROM task_parent e JOIN task p ON p.id = e.parent_id
+             WHERE e.child_id = t.id AND e.waits AND p.state IN ('FAILED', 'USER_KILLED')
+               AND NOT EXISTS (SELECT 1 FROM wanted o WHERE o.id = p.id))
+      UNION
+      SELECT e.child_id
+        FROM stays s
+        JOIN task p ON p.id = s.id AND p.state IN ('FAILED', 'USER_KILLED')
+        JOIN task_parent e ON e.parent_id = s.id AND e.waits
+        JOIN wanted w ON w.id = e.child_id
+    )
+    UPDATE task t
+       SET state = CASE WHEN t.pending_parents > 0 THEN 'AWAITING_PARENTS' ELSE 'PREPROCESSED' END,
+           failures = 0, timeouts = 0, losses = 0, cause = NULL, reason = NULL, exit_code = NULL,
+           started_at = NULL, ended_at = NULL
+      FROM wanted w
+     WHERE t.id = w.id AND NOT EXISTS (SELECT 1 FROM stays s WHERE s.id = w.id)
+    RETURNING t.id;
+END $$;
+
+-- remove_tasks(ids): what is held stays; so does what something waits for that is not removed too.
+CREATE OR REPLACE FUNCTION remove_tasks(p_ids bigint[]) RETURNS TABLE (id bigint)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+  v_locked bigint[];
+BEGIN
+  -- A statement of its own: a child that was being added to one of them is seen by the next.
+  SELECT array_agg(l.id) INTO v_locked FROM (
+    SELECT t.id FROM task t WHERE t.id = ANY (p_ids) AND t.lease_id IS NULL
+     ORDER BY t.id FOR UPDATE) l;
+  RETURN QUERY
+    WITH RECURSIVE wanted AS MATERIALIZED (
+      SELECT w.id FROM unnest(v_locked) AS w (id)
+    ), link AS MATERIALIZED (
+      SELECT e.parent_id, e.child_id
+        FROM wanted w
+        JOIN task p ON p.id = w.id
+        JOIN task_parent e ON e.parent_id = w.id AND e.waits
+        JOIN task c ON c.id = e.child_id
+       WHERE is_waited_for(p.state, c.state, c.pending_parents)
+    ), stays (id) AS (
+      SELECT k.parent_id FROM link k
+       WHERE NOT EXISTS (SELECT 1 FROM wanted w WHERE w.id = k.child_id)
+      UNION
+      SELECT k.parent_id FROM stays s JOIN link k ON k.child_id = s.id
+    )
+    DELETE FROM task t USING wanted w
+     WHERE t.id = w.id AND NOT EXISTS (SELECT 1 FROM stays s WHERE s.id = w.id)
+    RETURNING t.id;
+END $$;
 
 -- ------------------------------------------------------------------------------- rights
 

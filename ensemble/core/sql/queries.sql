@@ -1,9 +1,10 @@
 -- Every statement that is not a function: `-- name(parameters)` opens one, a line of why follows.
 -- State literals are written out: a generic plan cannot use a partial index for `state = $1`.
 
--- schema_top()
--- Which schema this database has.
-SELECT max(version) FROM schema_version
+-- schema_found()
+-- Which schema this database has, and which functions.
+SELECT (SELECT max(version) FROM schema_version),
+       (SELECT sha256 FROM schema_script WHERE name = 'functions.sql')
 
 -- ================================================================ apps and workflows
 
@@ -37,12 +38,16 @@ DELETE FROM app a
       WHERE t.app_id = a.id AND t.state NOT IN ('JOB_FINISHED', 'FAILED', 'USER_KILLED'))
 RETURNING a.id
 
--- upsert_workflows(names)
--- The no-op update returns the ids of those that were there already.
+-- insert_workflows(names)
+-- Never an update: that would lock a workflow's row against everybody who adds to it.
 INSERT INTO workflow (name)
-SELECT DISTINCT unnest($1::text[]) ORDER BY 1
-ON CONFLICT (name) DO UPDATE SET name = excluded.name
-RETURNING id, name
+SELECT n FROM unnest($1::text[]) AS n
+ WHERE NOT EXISTS (SELECT 1 FROM workflow w WHERE w.name = n)
+ ORDER BY n
+ON CONFLICT (name) DO NOTHING
+
+-- named_workflows(names)
+SELECT id, name FROM workflow WHERE name = ANY ($1::text[])
 
 -- workflow_ids(substring)
 -- strpos, not LIKE: the filter is text, not a pattern.
@@ -153,9 +158,9 @@ SELECT e.id, e.task_id, e.at, e.from_state, e.to_state, e.attempt, e.lease_id, e
  WHERE (e.xid, e.id) > ($1::text::xid8, $2::bigint)
    AND e.xid < pg_snapshot_xmin(pg_current_snapshot())
    AND ($3::bigint[] IS NULL OR e.task_id = ANY ($3))
-   AND ($4::text IS NULL OR e.task_id IN (
-         SELECT t.id FROM task t JOIN workflow w ON w.id = t.workflow_id
-          WHERE strpos(w.name, $4) > 0))
+   AND ($4::text IS NULL OR strpos(
+         (SELECT w.name FROM task t JOIN workflow w ON w.id = t.workflow_id
+           WHERE t.id = e.task_id), $4) > 0)
  ORDER BY e.xid, e.id
  LIMIT $5
 
@@ -185,20 +190,6 @@ UPDATE task_spec
    SET time_limit_minutes = coalesce($2, time_limit_minutes), tags = tags || $3, data = data || $4
  WHERE task_id = $1
 
--- remove_tasks(ids)
--- What is held stays; so does a parent of something that waits for it and is not removed too.
-WITH locked AS MATERIALIZED (
-  SELECT t.id FROM task t
-   WHERE t.id = ANY ($1::bigint[]) AND t.lease_id IS NULL
-     AND NOT EXISTS (
-       SELECT 1 FROM task_parent e JOIN task c ON c.id = e.child_id
-        WHERE e.parent_id = t.id AND e.waits AND c.state = 'AWAITING_PARENTS'
-          AND NOT c.id = ANY ($1::bigint[]))
-   ORDER BY t.id FOR UPDATE OF t
-)
-DELETE FROM task t USING locked l WHERE t.id = l.id AND t.lease_id IS NULL
-RETURNING t.id
-
 -- ring()
 -- After a commit, never in one: watchers read the new events, launchers with free nodes claim.
 SELECT pg_notify('ensemble_event', ''), pg_notify('ensemble_work', '')
@@ -221,7 +212,7 @@ SELECT id, attempt, state FROM task WHERE lease_id = $1
 SELECT id, attempt FROM task
  WHERE lease_id = $1 AND state NOT IN ('RUNNING', 'PREPROCESSED', 'RESTART_READY')
 
--- has_prospect(workflows, nodes, lease)
+-- has_prospect(workflows, nodes)
 -- Whether waiting tasks that would fit depend on what runs under a live lease.
 WITH RECURSIVE busy AS (
   SELECT t.id FROM task t JOIN lease l ON l.id = t.lease_id AND l.state = 'ACTIVE'
@@ -240,7 +231,7 @@ SELECT EXISTS (
 
 -- select_local_leases(host)
 -- Live leases of launchers on this host: a process that is not there needs no silence as evidence.
-SELECT l.id AS lease_id, r.host, r.boot_id, r.pid_namespace, r.pid, r.start_ticks, r.guard_pid,
+SELECT l.id AS lease_id, r.host, r.boot_id, r.machine_id, r.pid_namespace, r.pid, r.start_ticks, r.guard_pid,
        r.guard_start_ticks
   FROM lease l JOIN launcher r ON r.id = l.launcher_id
  WHERE l.state = 'ACTIVE' AND r.host = $1
@@ -298,6 +289,10 @@ SELECT x.task_id AS id, 'history breaks at ' || x.from_state || ' -> ' || x.to_s
         WINDOW w AS (PARTITION BY e.task_id ORDER BY e.id)) x
   LEFT JOIN move m ON m.from_state = x.from_state AND m.to_state = x.to_state
  WHERE x.from_state <> x.before OR m.to_state IS NULL OR (x.next_id IS NULL AND x.to_state <> x.state)
+ UNION ALL
+SELECT t.id, 'has no history and is ' || t.state
+  FROM task t
+ WHERE t.state <> 'CREATED' AND NOT EXISTS (SELECT 1 FROM event e WHERE e.task_id = t.id)
 
 -- check_stuck()
 -- nothing waits for parents that can never finish

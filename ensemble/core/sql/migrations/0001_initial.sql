@@ -179,6 +179,7 @@ CREATE TABLE launcher (
   batch_job_id       bigint REFERENCES batch_job,
   host               text NOT NULL,
   boot_id            text NOT NULL,
+  machine_id         text NOT NULL,
   pid_namespace      text NOT NULL,
   pid                int NOT NULL,
   start_ticks        bigint NOT NULL,

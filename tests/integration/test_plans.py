@@ -1,0 +1,115 @@
+"""The plans of the hot statements: an index each, whatever the history and the other workflows."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from ensemble.core.database import queries, read_sql
+
+PARAMETERS = {
+    "next_size": {"p_workflows": "int[]", "p_priority": "int", "p_nodes": "int"},
+    "lock_runnable": {
+        "p_workflows": "int[]",
+        "p_priority": "int",
+        "p_nodes": "int",
+        "p_minutes": "int",
+        "p_limit": "int",
+    },
+    "drain_tasks": {"p_lease": "bigint", "p_reason": "text"},
+}
+VALUES = {
+    "p_workflows": "'{2,3}'",
+    "p_priority": "0",
+    "p_nodes": "1",
+    "p_minutes": "60",
+    "p_limit": "128",
+    "p_lease": "7",
+    "p_reason": "'x'",
+}
+
+
+def bodies(function):
+    """The statements of a function of functions.sql, with $1, $2, … for its parameters."""
+    text = read_sql("functions.sql")
+    body = re.search(rf"FUNCTION {function}\(.*?\$\$(.*?)\$\$", text, re.S)[1]
+    found = re.findall(r"RETURN QUERY(.*?);", body, re.S) or [body]
+    for place, name in enumerate(PARAMETERS[function], 1):
+        found = [re.sub(rf"\b{name}\b", f"${place}", statement) for statement in found]
+    return found
+
+
+def walk(plan):
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from walk(child)
+
+
+@pytest.fixture
+async def crowd(desk, owner):
+    """50,000 finished tasks and 10,000 runnable ones of workflow 1, a few of workflows 2 and 3."""
+    for name in ("crowd", "mine", "mine too"):
+        await desk.add(20, workflow=name)
+    async with owner.transaction():
+        await owner.execute("ALTER TABLE task DISABLE TRIGGER USER")
+        await owner.execute(
+            "INSERT INTO task (workflow_id, state, num_nodes, wall_time_minutes)"
+            " SELECT 1, CASE WHEN n <= 50000 THEN 'JOB_FINISHED' ELSE 'PREPROCESSED' END,"
+            " n % 7 + 1, n % 100 FROM generate_series(1, 60000) n"
+        )
+        await owner.execute("ALTER TABLE task ENABLE TRIGGER USER")
+    await owner.execute("ANALYZE task")
+    yield owner
+    await owner.execute("TRUNCATE task CASCADE")
+
+
+async def explain(connection, statement, types, values, mode):
+    await connection.execute(f"SET plan_cache_mode = {mode}")
+    await connection.execute(f"PREPARE hot ({', '.join(types)}) AS {statement}")
+    try:
+        text = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE hot ({', '.join(values)})")
+    finally:
+        await connection.execute("DEALLOCATE hot")
+    return list(walk(json.loads(text)[0]["Plan"]))
+
+
+async def test_hot_statements_use_their_indexes(crowd):
+    wanted = [
+        ("next_size", 0, "task_runnable_idx"),
+        ("next_size", 1, "task_runnable_workflow_idx"),
+        ("lock_runnable", 0, "task_runnable_idx"),
+        ("lock_runnable", 1, "task_runnable_workflow_idx"),
+        ("drain_tasks", 0, "task_held_idx"),
+    ]
+    cases = [
+        (f"{function}/{place}", bodies(function)[place], PARAMETERS[function], index)
+        for function, place, index in wanted
+    ]
+    cases += [
+        (name, queries()[name], {"p_lease": "bigint"}, "task_held_idx")
+        for name in ("select_held", "select_doomed")
+    ]
+    for mode in ("force_generic_plan", "force_custom_plan"):
+        for name, statement, parameters, index in cases:
+            values = [VALUES[parameter] for parameter in parameters]
+            nodes = await explain(crowd, statement, parameters.values(), values, mode)
+            scans = {
+                (node["Node Type"], node.get("Index Name"))
+                for node in nodes
+                if node.get("Relation Name") == "task" or "Index Name" in node
+            }
+            used = {found for _, found in scans}
+            assert index in used, f"{name}, {mode}: {scans}"
+            kinds = {node["Node Type"] for node in nodes if node.get("Relation Name") == "task"}
+            assert "Seq Scan" not in kinds, f"{name}, {mode}: {scans}"
+
+
+async def test_a_filtered_claim_reads_little_beside_a_crowd(crowd):
+    for _ in range(2):  # the first reads the catalogue, too
+        text = await crowd.fetchval(
+            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM next_size('{2,3}', 0, 1)"
+        )
+    plan = json.loads(text)[0]["Plan"]
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 50

@@ -1,0 +1,172 @@
+"""Reports of starts and ends: fenced, classified, and nothing changed by those that are refused."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ensemble.core.leases import Reaping
+from ensemble.core.model import Cause, End, Outcome, Start, Verdict
+
+
+async def rows(desk, task):
+    """Everything the store has about a task."""
+    return [
+        await desk.sql(f"SELECT to_jsonb(x) FROM {table} x WHERE {key} = $1 ORDER BY 1", task)
+        for table, key in (("task", "id"), ("attempt", "task_id"))
+    ]
+
+
+def ordered(verdicts):
+    return [verdicts[pair] for pair in sorted(verdicts)]
+
+
+async def report(lease, task, attempt):
+    started = await lease.start([Start(id=task, attempt=attempt, at=None)])
+    ended = await lease.finish([End(id=task, attempt=attempt, outcome=Outcome.DONE)])
+    return [*started.values(), *ended.values()]
+
+
+async def test_the_lease_of_somebody_else_is_fenced(desk):
+    one, other = await desk.register(), await desk.register()
+    task = await desk.add_one()
+    await desk.claim(one)
+    before = await rows(desk, task)
+    assert await report(other, task, 1) == [Verdict.FENCED, Verdict.FENCED]
+    assert await other.time_out([(task, 1)]) == 0
+    assert await other.drain("x") == 0
+    assert await rows(desk, task) == before
+
+
+async def test_an_attempt_that_was_or_will_be_is_fenced(desk):
+    lease = await desk.register()
+    task = await desk.add_one()
+    [first] = await desk.claim(lease)
+    await desk.end(lease, first, Outcome.GIVEN_BACK)
+    await desk.begin(lease)
+    before = await rows(desk, task)
+    assert await report(lease, task, 3) == [Verdict.FENCED, Verdict.FENCED]
+    assert await report(lease, task, 1) == [Verdict.DUPLICATE, Verdict.DUPLICATE]
+    assert await lease.time_out([(task, 1)]) == 0
+    assert await rows(desk, task) == before
+
+
+async def test_a_repeated_report_is_a_duplicate_and_changes_nothing(desk):
+    lease = await desk.register()
+    task = await desk.add_one(max_losses=5)
+    for outcome in (Outcome.LOST, Outcome.DONE):
+        [claim] = await desk.begin(lease)
+        assert await desk.end(lease, claim, outcome, cause=None) is Verdict.APPLIED
+        before = await rows(desk, task)
+        assert await desk.end(lease, claim, outcome) is Verdict.DUPLICATE
+        assert await desk.end(lease, claim, Outcome.ERROR) is Verdict.DUPLICATE
+        assert await rows(desk, task) == before
+
+
+async def test_a_removed_task_is_missing(desk):
+    lease = await desk.register()
+    task = await desk.add_one()
+    [claim] = await desk.begin(lease)
+    await desk.end(lease, claim)
+    assert await desk.store.remove([task]) == [task]
+    assert await report(lease, task, 1) == [Verdict.MISSING, Verdict.MISSING]
+
+
+async def test_a_locked_row_is_busy_and_its_report_applies_when_sent_again(desk, psql):
+    lease = await desk.register()
+    tasks = await desk.add(3)
+    claims = await desk.claim(lease)
+    starts = [Start(id=c.id, attempt=1, at=desk.soon) for c in claims]
+    ends = [End(id=c.id, attempt=1, outcome=Outcome.DONE) for c in claims]
+    async with psql.transaction(), asyncio.timeout(5):
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", tasks[1])
+        assert ordered(await lease.start(starts)) == ["applied", "busy", "applied"]
+        assert await lease.start(starts[1:2]) == {(tasks[1], 1): Verdict.BUSY}
+        assert ordered(await lease.finish(ends)) == ["applied", "busy", "applied"]
+    assert ordered(await lease.start(starts)) == ["duplicate", "applied", "duplicate"]
+    assert ordered(await lease.finish(ends)) == ["duplicate", "applied", "duplicate"]
+    assert set((await desk.states()).values()) == {"JOB_FINISHED"}
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.ERROR])
+async def test_a_locked_descendant_makes_a_report_busy_and_stalls_no_other(desk, psql, outcome):
+    lease = await desk.register()
+    parent, other = await desk.add(2)
+    claims = await desk.begin(lease)
+    child = await desk.add_one(parents=[parent])
+    grandchild = await desk.add_one(parents=[child])
+    locked = child if outcome is Outcome.DONE else grandchild
+    ends = [End(id=c.id, attempt=1, outcome=outcome) for c in claims]
+    async with psql.transaction(), asyncio.timeout(5):
+        await psql.execute("UPDATE task SET priority = 1 WHERE id = $1", locked)
+        assert await lease.finish(ends) == {(parent, 1): "busy", (other, 1): "applied"}
+    assert await lease.finish(ends) == {(parent, 1): "applied", (other, 1): "duplicate"}
+    below = ["PREPROCESSED", "AWAITING_PARENTS"] if outcome is Outcome.DONE else ["FAILED"] * 2
+    states = await desk.states()
+    assert [states[child], states[grandchild]] == below
+
+
+async def test_a_report_under_a_closed_lease_is_fenced_before_and_after_its_tasks_are_released(
+    desk,
+):
+    lease = await desk.register()
+    running, killed, claimed = await desk.add(3)
+    claims = await desk.begin(lease, 2)
+    claims += await desk.claim(lease)
+    await desk.store.kill([killed])
+    reaping = Reaping(desk.store.pool)
+    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    before = [await rows(desk, task) for task in (running, killed, claimed)]
+    for claim in claims:
+        assert await desk.end(lease, claim) is Verdict.FENCED
+    assert await lease.drain("x") == 0
+    assert await lease.time_out([(running, 1)]) == 0
+    assert [await rows(desk, task) for task in (running, killed, claimed)] == before
+    assert await reaping.release() == 3
+    before = [await rows(desk, task) for task in (running, killed, claimed)]
+    for claim in claims:
+        assert await desk.end(lease, claim) in (Verdict.FENCED, Verdict.DUPLICATE)
+    assert [await rows(desk, task) for task in (running, killed, claimed)] == before
+    assert await desk.end(lease, claims[0]) is Verdict.FENCED
+
+
+async def test_an_empty_report_is_answered(desk):
+    lease = await desk.register()
+    assert await lease.start([]) == {}
+    assert await lease.finish([]) == {}
+
+
+async def test_output_that_text_cannot_hold_does_not_spoil_a_batch(desk):
+    lease = await desk.register()
+    task = await desk.add_one()
+    [claim] = await desk.begin(lease)
+    ugly = "a\0b\udcffc"
+    assert await desk.end(lease, claim, Outcome.ERROR, error=ugly, reason=ugly) == "applied"
+    assert (await desk.task(task)).error == "a\N{REPLACEMENT CHARACTER}b?c"
+
+
+async def test_every_verdict_in_one_batch(desk, psql):
+    lease, other = await desk.register(), await desk.register()
+    done, busy, gone, fresh, foreign = await desk.add(5)
+    claims = {c.id: c for c in await desk.begin(lease, 4)}
+    await desk.begin(other)
+    await desk.end(lease, claims[done])
+    await desk.end(lease, claims[gone])
+    await desk.store.remove([gone])
+    async with psql.transaction():
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", busy)
+        ids = (done, busy, gone, fresh, foreign)
+        ends = [
+            End(id=i, attempt=1, outcome=Outcome.ERROR, cause=Cause.EXIT_CODE, exit_code=2)
+            for i in ids
+        ]
+        verdicts = await lease.finish(ends)
+    assert [verdicts[i, 1] for i in ids] == ["duplicate", "busy", "missing", "applied", "fenced"]
+    states = await desk.states()
+    assert [states[i] for i in ids if i in states] == [
+        "JOB_FINISHED",
+        "RUNNING",
+        "FAILED",
+        "RUNNING",
+    ]
