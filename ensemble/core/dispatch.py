@@ -16,15 +16,12 @@ nodes free and its hold reported for release. Time is what the last Ticked said.
 
 from __future__ import annotations
 
-import math
-import signal
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum, auto
 from typing import assert_never
 
+from ensemble.core.ahead import Ahead
 from ensemble.core.events import (
     Ask,
     AskHeld,
@@ -53,8 +50,9 @@ from ensemble.core.events import (
     Ticked,
     WorkRang,
 )
-from ensemble.core.model import Cause, Claim, End, Node, Outcome, Placement, Room, Start
+from ensemble.core.model import Claim, End, Node, Outcome, Room, Start
 from ensemble.core.packing import NodeBook
+from ensemble.core.runs import Ending, Run, end_of, explained, failed_start, may_be_schedulers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,27 +69,6 @@ class Policy:
     signal_hold_s: float = 0.0
 
 
-class Ending(Enum):
-    """Why a task is being ended."""
-
-    KILLED = auto()
-    TIME_LIMIT = auto()
-    DRAINED = auto()
-    LOST = auto()
-
-
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """A task in the book."""
-
-    claim: Claim
-    placement: Placement
-    started_at: datetime | None = None
-    #: Counted from the first tick after the start, so that a limit is never enforced early.
-    limit_at: float | None = None
-    ending: Ending | None = None
-
-
 @dataclass(slots=True, kw_only=True)
 class HeldBack:
     """An exit by signal that a drain may yet explain."""
@@ -99,27 +76,6 @@ class HeldBack:
     end: End
     #: When it is an error after all; counted from the first tick after it.
     until: float | None = None
-
-
-#: What schedulers send to everything in a job that ends.
-_SCHEDULER_SIGNALS = frozenset(
-    128 + number
-    for number in (
-        signal.SIGTERM,
-        signal.SIGKILL,
-        signal.SIGINT,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-    )
-)
-
-
-#: Runs longer than this are not claimed ahead.
-_SHORT_S = 1.0
-#: How much work is claimed ahead, in seconds of a node and at most in tasks a node.
-_AHEAD_S = 0.25
-_AHEAD_PER_NODE = 16
 
 
 class Dispatcher:
@@ -130,12 +86,7 @@ class Dispatcher:
         self._policy = policy
         self._now = now
         self._runs: dict[int, Run] = {}
-        #: Single-node tasks claimed for nodes that will be free in a moment, in claim order.
-        self._ahead: deque[Claim] = deque()
-        #: Ticks since a node was last set free.
-        self._still_ticks = 0
-        #: The usual length of a single-node run, in seconds; None until one has ended.
-        self._usual_s: float | None = None
+        self._ahead = Ahead(len(nodes))
         self._held_back: list[HeldBack] = []
         self._is_claiming = False
         self._asked_nodes = 0
@@ -156,9 +107,9 @@ class Dispatcher:
     @property
     def known(self) -> frozenset[Pair]:
         """The attempts that we hold: running, claimed ahead, or ended and held back."""
-        claims = [*(run.claim for run in self._runs.values()), *self._ahead]
+        runs = [(run.claim.id, run.claim.attempt) for run in self._runs.values()]
         ended = [(held.end.id, held.end.attempt) for held in self._held_back]
-        return frozenset([*((claim.id, claim.attempt) for claim in claims), *ended])
+        return self._ahead.pairs.union(runs, ended)
 
     @property
     def running(self) -> int:
@@ -220,7 +171,7 @@ class Dispatcher:
         assert placed == self.busy_nodes, "runs and node book differ"
         assert all(run.claim.id == task_id for task_id, run in self._runs.items())
         assert not (self._ahead and self._book.free), "a node is free and a task waits for one"
-        held = [*self._runs, *(claim.id for claim in self._ahead)]
+        held = [*self._runs, *(task_id for task_id, _ in self._ahead.pairs)]
         assert len(held) == len(set(held)), "a task is held twice"
         assert not (self._is_gone and held), "left with tasks"
 
@@ -234,8 +185,8 @@ class Dispatcher:
             return self._give_back_ahead()
         effects: list[Effect] = []
         while self._ahead and self._book.free:
-            effects += self._place(self._ahead.popleft())
-        wanted = self._look_ahead()
+            effects += self._place(self._ahead.pop())
+        wanted = self._ahead.wanted()
         if self._is_claiming:
             # A task that was too wide for what we asked for may fit now.
             self._ask_again = self._ask_again or self._book.free > self._asked_nodes
@@ -254,25 +205,6 @@ class Dispatcher:
             ahead=ahead,
         )
         return [*effects, Ask(room)]
-
-    def _look_ahead(self) -> int:
-        """Return how many tasks to hold for the next moment: a bound in time, none for long tasks.
-
-        Without it a node would wait for the store's answer after each short task; with more,
-        work would be hoarded away from other launchers.
-        """
-        if self._usual_s is None or self._usual_s > _SHORT_S:
-            return 0
-        soon = _AHEAD_S / max(self._usual_s, 1e-3)
-        return math.ceil(self._book.total * min(soon, _AHEAD_PER_NODE))
-
-    def _stop_hoarding(self) -> list[Effect]:
-        """Give back what waits for nodes that were not free in a moment: others may have some."""
-        self._still_ticks += 1
-        if not self._ahead or self._still_ticks < 3:
-            return []
-        self._usual_s = None
-        return self._give_back_ahead()
 
     def _claimed(self, event: Claimed) -> list[Effect]:
         self._is_claiming = False
@@ -299,7 +231,7 @@ class Dispatcher:
             self._idle_since = None
             return [Launch(claim, placement)]
         if claim.num_nodes == 1 and not self.is_leaving and claim.id not in self._runs:
-            self._ahead.append(claim)
+            self._ahead.add(claim)
             return []
         return self._give_back(claim)
 
@@ -313,9 +245,7 @@ class Dispatcher:
         ]
 
     def _give_back_ahead(self) -> list[Effect]:
-        effects = self._give_back(*self._ahead)
-        self._ahead.clear()
-        return effects
+        return self._give_back(*self._ahead.clear())
 
     # ------------------------------------------------------------------ a task's life
 
@@ -333,25 +263,7 @@ class Dispatcher:
         run = self._take_out(event.id, event.attempt)
         if run is None or run.ending is Ending.LOST:
             return self._refill()
-        return [self._failed_start(run, event.at, event.reason), *self._refill()]
-
-    def _failed_start(
-        self, run: Run, at: datetime, reason: str, status: int | None = None
-    ) -> Effect:
-        return RecordEnd(
-            End(
-                id=run.claim.id,
-                attempt=run.claim.attempt,
-                outcome=Outcome.ERROR,
-                at=at,
-                started_at=run.started_at,
-                nodes=run.placement.names,
-                exit_code=status,
-                cause=Cause.COULD_NOT_START,
-                reason=reason,
-                error=reason,
-            )
-        )
+        return [RecordEnd(failed_start(run, event.at, event.reason)), *self._refill()]
 
     def _skipped(self, event: Skipped) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
@@ -364,13 +276,14 @@ class Dispatcher:
         if run is None or run.ending is Ending.LOST:
             return self._refill()
         if event.start_error is not None and run.ending is None:
-            effect = self._failed_start(run, event.at, event.start_error, event.status)
-            return [effect, *self._refill()]
-        self._learn(run, event)
-        end = _end_of(run, event)
+            end = failed_start(run, event.at, event.start_error, event.status)
+            return [RecordEnd(end), *self._refill()]
+        if run.claim.num_nodes == 1 and run.started_at is not None:
+            self._ahead.learn((event.at - run.started_at).total_seconds())
+        end = end_of(run, event)
         if (
             run.ending is None
-            and event.status in _SCHEDULER_SIGNALS
+            and may_be_schedulers(event.status)
             and self._policy.signal_hold_s > 0
             and not self.is_leaving
         ):
@@ -378,13 +291,6 @@ class Dispatcher:
             self._held_back.append(HeldBack(end=end))
             return self._refill()
         return [RecordEnd(end), *self._refill()]
-
-    def _learn(self, run: Run, event: Ended) -> None:
-        """Keep a moving mean of how long single-node runs take."""
-        if run.claim.num_nodes == 1 and run.started_at is not None:
-            took_s = max((event.at - run.started_at).total_seconds(), 0.0)
-            last_s = took_s if self._usual_s is None else self._usual_s
-            self._usual_s = last_s + (took_s - last_s) / 8
 
     def _run(self, task_id: int, attempt: int) -> Run | None:
         run = self._runs.get(task_id)
@@ -395,7 +301,7 @@ class Dispatcher:
         if run is not None:
             del self._runs[task_id]
             self._book.release(task_id)
-            self._still_ticks = 0
+            self._ahead.node_freed()
             if not self._runs:
                 self._idle_since = self._now
         return run
@@ -403,10 +309,7 @@ class Dispatcher:
     # ------------------------------------------------------------------ ending tasks
 
     def _kill(self, pairs: frozenset[Pair]) -> list[Effect]:
-        effects: list[Effect] = []
-        for claim in [c for c in self._ahead if (c.id, c.attempt) in pairs]:
-            self._ahead.remove(claim)
-            effects += self._give_back(claim)
+        effects = self._give_back(*self._ahead.take(pairs))
         if self._is_claiming:
             self._killed_unseen |= pairs
         for task_id, attempt in sorted(pairs):
@@ -438,7 +341,7 @@ class Dispatcher:
         self._leaving = self._leaving or reason
         effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
         effects += self._give_back_ahead()
-        effects += [RecordEnd(_explained(held.end, reason)) for held in self._held_back]
+        effects += [RecordEnd(explained(held.end, reason)) for held in self._held_back]
         self._held_back.clear()
         for run in self._runs.values():
             if run.ending is None:
@@ -464,7 +367,8 @@ class Dispatcher:
 
     def _ticked(self, now: float) -> list[Effect]:
         self._now = now
-        effects = [*self._release_held_back(), *self._time_out(), *self._stop_hoarding()]
+        effects = [*self._release_held_back(), *self._time_out()]
+        effects += self._give_back(*self._ahead.tick())
         if self._is_over() and not self.is_leaving:
             return [*effects, *self._drain("the time of the allocation is over")]
         if now - self._last_ask >= self._policy.poll_s:
@@ -539,70 +443,10 @@ class Dispatcher:
                 end = End(id=task_id, attempt=attempt, outcome=Outcome.GIVEN_BACK)
                 effects.append(RecordEnd(end))
         gone = (event.known & self.known) - event.held
-        self._ahead = deque(c for c in self._ahead if (c.id, c.attempt) not in gone)
+        self._ahead.take(gone)
         for task_id, attempt in sorted(gone):
             run = self._run(task_id, attempt)
             if run is not None and run.ending is not Ending.LOST:
                 run.ending = Ending.LOST
                 effects.append(Terminate(task_id, is_forced=True))
         return effects
-
-
-# ---------------------------------------------------------------------------- what an end means
-
-
-def _end_of(run: Run, event: Ended) -> End:
-    outcome, cause, reason = _meaning(run, event)
-    return End(
-        id=run.claim.id,
-        attempt=run.claim.attempt,
-        outcome=outcome,
-        at=event.at,
-        started_at=run.started_at,
-        nodes=run.placement.names,
-        exit_code=event.status,
-        cause=cause,
-        reason=reason,
-        error=None if outcome is Outcome.DONE else event.error,
-    )
-
-
-def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]:
-    if event.status == 0 and not event.was_signalled:
-        return Outcome.DONE, None, None  # it ended well before our signal reached it
-    match run.ending:
-        case Ending.KILLED:
-            return Outcome.KILLED, Cause.KILLED_BY_USER, None
-        case Ending.TIME_LIMIT:
-            return Outcome.TIMEOUT, Cause.TIME_LIMIT, f"{run.claim.time_limit_minutes:g} minutes"
-        case Ending.DRAINED:
-            return Outcome.TIMEOUT, Cause.ALLOCATION_ENDED, None
-        case Ending.LOST | None:
-            return _failure(event.status)
-        case _:
-            assert_never(run.ending)
-
-
-def _failure(status: int) -> tuple[Outcome, Cause, str]:
-    if 128 < status <= 128 + signal.NSIG:
-        try:
-            return Outcome.ERROR, Cause.SIGNAL, signal.Signals(status - 128).name
-        except ValueError:
-            pass
-    return Outcome.ERROR, Cause.EXIT_CODE, str(status)
-
-
-def _explained(end: End, reason: str) -> End:
-    """Return *end*, an exit by signal, as the cut-off by the allocation's end that it was."""
-    return End(
-        id=end.id,
-        attempt=end.attempt,
-        outcome=Outcome.TIMEOUT,
-        at=end.at,
-        started_at=end.started_at,
-        nodes=end.nodes,
-        exit_code=end.exit_code,
-        cause=Cause.ALLOCATION_ENDED,
-        reason=reason,
-        error=end.error,
-    )

@@ -211,14 +211,14 @@ async def test_a_restart_of_the_database_loses_nothing(ens: Ensemble, how: str) 
     cluster = ens.site.cluster
     assert cluster is not None
     ids = await ens.store.add(
-        [sh(f"sleep 0.{n % 9}; echo x >> runs") for n in range(40)]
-        + [sh("sleep 4; echo x >> runs")]
+        [sh(f"sleep 0.{n % 9}; echo x >> runs") for n in range(20)]
+        + [sh("sleep 2; echo x >> runs")]
     )
-    launched = ens.launch("--idle-timeout=1", nodes=4)
+    launched = ens.launch("--idle-timeout=0", nodes=4)
     await ens.eventually(lambda: len(ens.processes()) >= 4)
     await cluster.stop(how)
     # What runs ends while nobody can be told.
-    await ens.eventually(lambda: len(ens.processes()) <= 2)
+    await ens.eventually(lambda: len(ens.processes()) <= 3)
     assert launched.guard.poll() is None
     await cluster.start()
     assert await ens.leave(launched) == 0

@@ -1,0 +1,114 @@
+"""A task while a launcher has it, and what its end means. Pure."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum, auto
+from typing import assert_never
+
+from ensemble.core.events import Ended
+from ensemble.core.model import Cause, Claim, End, Outcome, Placement
+
+#: What schedulers send to everything in a job that ends.
+_SCHEDULER_SIGNALS = frozenset(
+    128 + number
+    for number in (
+        signal.SIGTERM,
+        signal.SIGKILL,
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    )
+)
+
+
+class Ending(Enum):
+    """Why a task is being ended."""
+
+    KILLED = auto()
+    TIME_LIMIT = auto()
+    DRAINED = auto()
+    LOST = auto()
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A task in the book."""
+
+    claim: Claim
+    placement: Placement
+    started_at: datetime | None = None
+    #: Counted from the first tick after the start, so that a limit is never enforced early.
+    limit_at: float | None = None
+    ending: Ending | None = None
+
+
+def failed_start(run: Run, at: datetime, reason: str, status: int | None = None) -> End:
+    """Return the end of a run whose program could not be started."""
+    return End(
+        id=run.claim.id,
+        attempt=run.claim.attempt,
+        outcome=Outcome.ERROR,
+        at=at,
+        started_at=run.started_at,
+        nodes=run.placement.names,
+        exit_code=status,
+        cause=Cause.COULD_NOT_START,
+        reason=reason,
+        error=reason,
+    )
+
+
+def end_of(run: Run, event: Ended) -> End:
+    """Return the end of a run whose processes are gone."""
+    outcome, cause, reason = _meaning(run, event)
+    return End(
+        id=run.claim.id,
+        attempt=run.claim.attempt,
+        outcome=outcome,
+        at=event.at,
+        started_at=run.started_at,
+        nodes=run.placement.names,
+        exit_code=event.status,
+        cause=cause,
+        reason=reason,
+        error=None if outcome is Outcome.DONE else event.error,
+    )
+
+
+def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]:
+    if event.status == 0 and not event.was_signalled:
+        return Outcome.DONE, None, None  # it ended well before our signal reached it
+    match run.ending:
+        case Ending.KILLED:
+            return Outcome.KILLED, Cause.KILLED_BY_USER, None
+        case Ending.TIME_LIMIT:
+            return Outcome.TIMEOUT, Cause.TIME_LIMIT, f"{run.claim.time_limit_minutes:g} minutes"
+        case Ending.DRAINED:
+            return Outcome.TIMEOUT, Cause.ALLOCATION_ENDED, None
+        case Ending.LOST | None:
+            return _failure(event.status)
+        case _:
+            assert_never(run.ending)
+
+
+def _failure(status: int) -> tuple[Outcome, Cause, str]:
+    if 128 < status <= 128 + signal.NSIG:
+        try:
+            return Outcome.ERROR, Cause.SIGNAL, signal.Signals(status - 128).name
+        except ValueError:
+            pass
+    return Outcome.ERROR, Cause.EXIT_CODE, str(status)
+
+
+def explained(end: End, reason: str) -> End:
+    """Return *end*, an exit by signal, as the cut-off by the allocation's end that it was."""
+    return replace(end, outcome=Outcome.TIMEOUT, cause=Cause.ALLOCATION_ENDED, reason=reason)
+
+
+def may_be_schedulers(status: int) -> bool:
+    """Tell whether an exit status is what the signals of an ending batch job leave."""
+    return status in _SCHEDULER_SIGNALS
