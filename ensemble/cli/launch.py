@@ -99,6 +99,7 @@ def release_lease(session: Session, lease_id: int) -> None:
         reaping = Reaping(client.store.pool)
         await reaping.close(lease_id, state="RELEASED", evidence="released by its guard")
         await reaping.release()
+        await client.store.ring()
 
     session.run(release)
 

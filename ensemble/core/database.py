@@ -203,7 +203,8 @@ def _wrap_server_error(error: Exception, code: str) -> Exception:
         return StoreFullError(f"the database cannot write: {line}")
     if code.startswith("22"):
         return UsageError(f"the database cannot take a value: {line}")
-    if code in NOT_APPLIED:
+    # 53: connections, memory; XX: the server's own fault; 0A000: a plan older than the schema.
+    if code in NOT_APPLIED or code[:2] in ("53", "XX") or code == "0A000":
         return StoreUnavailableError(f"the database refused for now: {line}")
     if code in UNKNOWN or code.startswith("08"):
         return OutcomeUnknownError(f"the database went away: {line}")

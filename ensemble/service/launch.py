@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,15 +28,27 @@ from ensemble.service.reaper import reap
 from ensemble.service.taskrun import Ground
 from ensemble.site import Site
 
+#: Tasks inherit it, and some programs walk through all numbers up to it: no more than is useful.
+_FILES = 65_536
+
 
 def main(site: Site, options: LaunchOptions) -> int:
     """Run a launcher to its end; return its exit status: 0 unless it lost its lease."""
     log.configure(as_json=False, debug=options.debug)
     process.become_subreaper()
+    _raise_file_limit()
     guard = GuardLink.from_environ(os.environ)
     if guard is not None:
         process.die_with_parent(runtime.DRAIN_SIGNALS[0], guard.guard_pid)
     return runtime.run(_launch(site, options, guard))
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: each running task takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -188,9 +189,17 @@ async def test_users_cannot_write_the_history_or_the_rules(site, desk, role):
         connection.terminate()
 
 
-async def test_nobody_connects_as_the_superuser(site, address):
+async def test_nobody_connects_as_the_superuser(site, address, eventually):
+    before = open_sockets()
     with pytest.raises(StoreUnavailableError):
         await connect(replace(site.address(), user="postgres"), name="test")
+    # asyncpg leaves the refused connection to the loop, which needs a moment to close it.
+    await eventually(lambda: open_sockets() <= before)
+
+
+def open_sockets():
+    links = Path("/proc/self/fd").iterdir()
+    return {link.name for link in links if link.is_socket()}
 
 
 async def test_tasks_cannot_use_up_the_launchers_connections(site, psql):
