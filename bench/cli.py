@@ -18,7 +18,10 @@ def milliseconds(*argv: str) -> float:
     for _ in range(ROUNDS):
         began = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "ensemble", *argv], check=True, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "ensemble", *argv],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times)

@@ -13,7 +13,7 @@ from ensemble.core.model import NewTask
 
 TASKS = 1000
 NODES = 2
-ROUNDS = 3
+ROUNDS = 5
 
 
 def mpiexec() -> str:

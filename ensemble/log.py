@@ -44,7 +44,7 @@ def get_logger(**bound: Any) -> Logger:
 
     while _wishes:
         _apply(_wishes.pop())
-    logger: Logger = structlog.get_logger(**bound)
+    logger: Logger = structlog.get_logger().bind(**bound)  # not the proxy, which binds at each call
     return logger
 
 

@@ -110,11 +110,10 @@ class Exit:
 class Process:
     """A process started by `start`, the root of a task's tree."""
 
-    def __init__(self, pid: int, pidfd: int, start_ticks: int, marker: str | None) -> None:
+    def __init__(self, pid: int, pidfd: int, marker: str | None) -> None:
         """Hold a child of this process; only `start` makes these."""
         self.pid = pid
         self.pidfd = pidfd
-        self.start_ticks = start_ticks
         self.marker = marker
         #: Every session seen in the tree; what was orphaned is recognised by them.
         self.sessions = {pid}
@@ -362,22 +361,24 @@ def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path)
         os.killpg(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         raise
-    stat = proctree.read_stat(child.pid)
-    ticks = stat.start_ticks if stat else 0
-    process = Process(child.pid, pidfd, ticks, env.get(proctree.TOKEN_VARIABLE))
+    process = Process(child.pid, pidfd, env.get(proctree.TOKEN_VARIABLE))
     tasktree.roots.add(child.pid)
     return process
 
 
 def _open_output(path: Path) -> int:
     """Make a new file for appending; one of that name is moved to the first free number after it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if os.path.lexists(path):
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
         number = 1
         while os.path.lexists(f"{path}.{number}"):
             number += 1
         path.rename(f"{path}.{number}")
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return os.open(path, flags, 0o666)
 
 
 def _explain(error: OSError | ValueError, argv: Sequence[str]) -> str:

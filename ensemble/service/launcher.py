@@ -19,6 +19,7 @@ from typing import Any, TypeVar, assert_never
 from ensemble import log
 from ensemble.config import LauncherSettings
 from ensemble.core import listener
+from ensemble.core.backoff import Backoff
 from ensemble.core.dispatch import Dispatcher, Policy
 from ensemble.core.events import (
     Ask,
@@ -124,10 +125,9 @@ class Launcher:
             self._log.info("launcher.leaving", reason=leave.reason)
             if self._guard is not None:
                 self._guard.deadline(math.inf)  # nothing of ours runs: what is left is to report
-            await self._settle(leave)
+            is_closed = await self._settle(leave)
             for worker in [*loops, *self._workers]:
                 worker.cancel()
-        is_closed = await self._close(leave)
         self._log.info("launcher.ended", **self._tally.summary())
         return 0 if is_closed else 1
 
@@ -365,8 +365,11 @@ class Launcher:
 
     # ------------------------------------------------------------------ the end
 
-    async def _settle(self, leave: Leave) -> None:
-        """Wait until every report has its answer, as long as the allocation lasts."""
+    async def _settle(self, leave: Leave) -> bool:
+        """Wait until every report has its answer, then close the lease; return whether it is closed.
+
+        That is tried for as long as the allocation lasts; then the guard tries, and then reapers.
+        """
         patience_s = 5.0 if leave.is_lost else None
         if patience_s is None and self._policy.deadline is not None:
             left_s = self._policy.deadline - runtime.monotonic_s()
@@ -374,23 +377,30 @@ class Launcher:
         try:
             async with asyncio.timeout(patience_s) as self._patience:
                 await self._recorder.flush()
+                if not leave.is_lost:
+                    await self._close(leave.reason)
         except TimeoutError:
-            self._log.error("reports.not_written", reports=self._recorder.waiting)
-        self._patience = None
+            what = "reports.not_written" if self._recorder.waiting else "lease.not_closed"
+            self._log.error(what, reports=self._recorder.waiting)
+            return False
+        finally:
+            self._patience = None
+        return not leave.is_lost
 
-    async def _close(self, leave: Leave) -> bool:
-        """Close the lease, and let the guard go; where that fails the guard tries after us."""
-        if leave.is_lost:
-            return False
-        try:
-            await self._lease.close(leave.reason)
-        except StoreUnavailableError as error:
-            self._log.error("lease.not_closed", error=str(error))
-            return False
+    async def _close(self, reason: str) -> None:
+        """Close the lease, however often it takes, and let the guard go."""
+        backoff = Backoff(base_s=0.1, cap_s=5.0)
+        while True:
+            try:
+                await self._lease.close(reason)
+                break
+            except StoreUnavailableError as error:
+                delay_s = backoff.fail()
+                self._log.warning("store.lost", error=str(error), retry_s=delay_s)
+                await asyncio.sleep(delay_s)
         if self._guard is not None:
             self._guard.bye()
         await self._try(self._store.ring())
-        return True
 
 
 async def _rung(bell: asyncio.Event, at_most_s: float) -> None:

@@ -35,6 +35,8 @@ class Recorder:
         self._on_written = on_written
         self._starts: dict[Pair, Start] = {}
         self._ends: dict[Pair, End] = {}
+        #: Starts that have waited for a batch: of a shorter run, start and end are one report.
+        self._ripe: set[Pair] = set()
         self._news = asyncio.Event()
         self._is_full = asyncio.Event()
         self._idle = asyncio.Event()
@@ -103,7 +105,9 @@ class Recorder:
 
     async def _send(self) -> bool:
         """Send what waits, starts first; return whether rows were busy."""
-        starts, ends = list(self._starts.values()), list(self._ends.values())[: 20 * BATCH]
+        ends = list(self._ends.values())[: 20 * BATCH]
+        starts = [start for pair, start in self._starts.items() if pair in self._ripe]
+        self._ripe = set(self._starts)
         verdicts: Verdicts = {}
         if starts:
             found = await self._lease.start(starts)

@@ -59,7 +59,7 @@ def is_there(pid: int) -> bool:
 async def all_run_again(ens: Ensemble) -> None:
     """Have another launcher finish everything."""
     launched = ens.launch("--idle-timeout=0")
-    assert await ens.leave(launched) == 0
+    assert await ens.leave(launched) == 0, launched.log
     assert set(await ens.states()) == {State.JOB_FINISHED}, launched.log
 
 
@@ -196,7 +196,7 @@ async def test_a_killed_mpirun_or_task_is_a_signal_and_leaves_no_rank(
         ]
         os.kill(roots[0], signal.SIGKILL)
         await ens.gone(task_id)
-    assert await ens.leave(launched) == 0
+    assert await ens.leave(launched) == 0, launched.log
     for task_id in (ranks, plain):
         task = await ens.task(task_id)
         assert (task.state, task.cause, task.reason) == (State.FAILED, Cause.SIGNAL, "SIGKILL")
@@ -219,9 +219,9 @@ async def test_a_restart_of_the_database_loses_nothing(ens: Ensemble, how: str) 
     await cluster.stop(how)
     # What runs ends while nobody can be told.
     await ens.eventually(lambda: len(ens.processes()) <= 3)
-    assert launched.guard.poll() is None
+    assert launched.guard.poll() is None, launched.log
     await cluster.start()
-    assert await ens.leave(launched) == 0
+    assert await ens.leave(launched) == 0, launched.log
     assert set(await ens.states()) == {State.JOB_FINISHED}
     for task_id in ids:
         task = await ens.task(task_id)
@@ -279,11 +279,11 @@ async def test_results_are_kept_while_the_database_cannot_write(ens: Ensemble) -
         await set_read_only(user, "on")
         await ens.eventually(lambda: "read-only" in launched.log)
         await ens.eventually(lambda: not ens.processes())
-        assert launched.guard.poll() is None
+        assert launched.guard.poll() is None, launched.log
     finally:
         await set_read_only(user, "off")
         user.terminate()
-    assert await ens.leave(launched) == 0
+    assert await ens.leave(launched) == 0, launched.log
     assert set(await ens.states()) == {State.JOB_FINISHED}
     assert [(await ens.outcomes(id)).count(Outcome.DONE) for id in ids] == [1] * len(ids)
 

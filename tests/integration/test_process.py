@@ -460,10 +460,13 @@ async def test_who_is_alive(tmp_path: Path) -> None:
     assert me.pid_namespace.startswith("pid:[")
     assert process.is_alive(me.pid, me.start_ticks)
     assert not process.is_alive(me.pid, me.start_ticks + 1)
-    task = start(tmp_path, "true")
-    await eventually(lambda: not process.is_alive(task.pid, task.start_ticks))
+    task = start(tmp_path, "sleep", "0.1")
+    stat = proctree.read_stat(task.pid)
+    assert stat is not None
+    assert process.is_alive(task.pid, stat.start_ticks)
+    await eventually(lambda: not process.is_alive(task.pid, stat.start_ticks))
     await task.wait()
-    assert not process.is_alive(task.pid, task.start_ticks)
+    assert not process.is_alive(task.pid, stat.start_ticks)
 
 
 def test_the_tail_is_safe_to_store_and_to_show(tmp_path: Path) -> None:
