@@ -11,39 +11,19 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
 from ensemble.config import MpiSettings
 from ensemble.core.model import Claim, Placement
 from ensemble.drivers import process
+from ensemble.drivers.mpiline import OPTIONS, Flavor as Flavor, Launch
 from ensemble.errors import LaunchError
 
 #: Seconds that `mpiexec --version` may take.
 VERSION_TIMEOUT_S = 20.0
-
-
-class Flavor(StrEnum):
-    """A family of MPI launchers that take the same options."""
-
-    #: Open MPI up to 4, and IBM Spectrum MPI.
-    OPENMPI4 = "openmpi4"
-    #: Open MPI from 5 on (PRRTE).
-    OPENMPI5 = "openmpi5"
-    #: Hydra: MPICH and MVAPICH.
-    MPICH = "mpich"
-    #: Intel MPI: Hydra with its own way of binding.
-    INTEL = "intel"
-    SRUN = "srun"
-    #: Cray PALS' mpiexec.
-    PALS = "pals"
-    APRUN = "aprun"
-    JSRUN = "jsrun"
-    #: `flux run`.
-    FLUX = "flux"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +97,7 @@ class MpiLauncher:
                 f"task {claim.id} has the argument ':', where MPI launchers begin another program: "
                 "put the command into a script"
             )
-        options = _OPTIONS[self.flavor](_Launch(claim, placement, env or {}))
+        options = OPTIONS[self.flavor](Launch(claim, placement, env or {}))
         return [*self.command, *options, *self.flags, *claim.mpi_flags, *claim.argv]
 
 
@@ -248,11 +228,6 @@ def environ_for(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
 # Ending a Slurm step
 
 
-def step_name(task_id: int) -> str:
-    """Name the step of a task, to be found again with `parse_step`."""
-    return f"ens-{task_id}"
-
-
 def step_lookup_argv(job_id: str) -> list[str]:
     """List a job's steps; the name comes last because it may contain the separator."""
     return ["squeue", "-h", "-s", "-j", job_id, "-o", "%i|%j"]
@@ -272,190 +247,6 @@ def parse_step(text: str, name: str) -> str | None:
 def scancel_argv(job_id: str, step: str, signal: str | None = "TERM") -> list[str]:
     """Send a signal to the ranks of a step; None cancels the step, which ends in KILL."""
     return ["scancel", *([f"--signal={signal}"] if signal else []), f"{job_id}.{step}"]
-
-
-# Options for one launch
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """The numbers and words that every launcher wants, each in its own spelling."""
-
-    claim: Claim
-    placement: Placement
-    env: Mapping[str, str]
-
-    @property
-    def is_virtual(self) -> bool:
-        return any(node.is_virtual for node in self.placement.nodes)
-
-    @property
-    def nodes(self) -> int:
-        return len(self.placement.nodes)
-
-    @property
-    def per_node(self) -> int:
-        return self.claim.ranks_per_node
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.per_node
-
-    @property
-    def hosts(self) -> str:
-        return ",".join(self.placement.names)
-
-    @property
-    def room(self) -> int:
-        """Hardware threads of the smallest node."""
-        return min(node.cores for node in self.placement.nodes)
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether there are more ranks or threads than a node has hardware threads."""
-        return self.per_node * (self.claim.threads_per_rank or 1) > self.room
-
-    @property
-    def threads(self) -> int:
-        """Threads of a rank: as stated, else its share of the node."""
-        return self.claim.threads_per_rank or max(1, self.room // self.per_node)
-
-    @property
-    def cores(self) -> int | None:
-        """Whole cores of a rank; None when nothing is stated.
-
-        Open MPI and Hydra count cores, and refuse more than there are: on nodes that share cores
-        between hardware threads, a task that uses all of these has to state threads_per_core.
-        """
-        if self.claim.threads_per_rank is None:
-            return None
-        return -(-self.claim.threads_per_rank // (self.claim.threads_per_core or 1))
-
-    def bind(self, usual: str) -> str:
-        """Return the task's own word for binding, else *usual* where cores are to be bound, else none."""
-        if self.is_virtual:
-            return "none"
-        if self.claim.cpu_affinity:
-            return self.claim.cpu_affinity
-        return "none" if self.cores is None or self.is_crowded else usual
-
-
-def _openmpi4(launch: _Launch) -> list[str]:
-    count = ["-np", str(launch.ranks)]
-    # A batch job often names fewer slots than a node has cores: the nodes are ours, so ignore them.
-    if launch.is_virtual:
-        return ["--oversubscribe", "--bind-to", "none", *count]
-    bind = launch.bind("core:overload-allowed")
-    cores = f":PE={launch.cores}" if bind.startswith("core") and launch.cores else ""
-    place = ["--map-by", f"ppr:{launch.per_node}:node{cores}", "--oversubscribe"]
-    return [*_openmpi_hosts(launch), *place, "--bind-to", bind, *_openmpi_exports(launch), *count]
-
-
-def _openmpi5(launch: _Launch) -> list[str]:
-    count = ["-np", str(launch.ranks)]
-    if launch.is_virtual:
-        return ["--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", *count]
-    bind = launch.bind("core:overload-allowed")
-    cores = f":PE={launch.cores}" if bind.startswith("core") and launch.cores else ""
-    place = ["--map-by", f"ppr:{launch.per_node}:node{cores}:OVERSUBSCRIBE"]
-    return [*_openmpi_hosts(launch), *place, "--bind-to", bind, *_openmpi_exports(launch), *count]
-
-
-def _openmpi_hosts(launch: _Launch) -> list[str]:
-    return ["--host", ",".join(f"{name}:{launch.per_node}" for name in launch.placement.names)]
-
-
-def _openmpi_exports(launch: _Launch) -> list[str]:
-    # Names only: the values come from mpirun's own environment, quotes and semicolons untouched.
-    return [word for name in launch.env for word in ("-x", name)]
-
-
-def _mpich(launch: _Launch) -> list[str]:
-    count = ["-n", str(launch.ranks)]
-    if launch.is_virtual:
-        # Otherwise Hydra starts its proxies with the scheduler that it finds in the environment.
-        return ["-launcher", "fork", "-rmk", "user", *count]
-    bind = launch.bind(f"core:{launch.cores}")
-    place = ["-hosts", launch.hosts, "-ppn", str(launch.per_node)]
-    return [*place, *(["-bind-to", bind] if bind != "none" else []), *count]
-
-
-def _intel(launch: _Launch) -> list[str]:
-    count = ["-n", str(launch.ranks)]
-    bind = launch.bind(str(launch.threads))
-    pin = ["I_MPI_PIN", "off"] if bind == "none" else ["I_MPI_PIN_DOMAIN", bind]
-    if launch.is_virtual:
-        return ["-launcher", "fork", "-genv", *pin, *count]
-    return ["-hosts", launch.hosts, "-ppn", str(launch.per_node), "-genv", *pin, *count]
-
-
-def _srun(launch: _Launch) -> list[str]:
-    # -N, -n and -w must agree, else srun adds or drops nodes; without --exact and --mem a step takes
-    # all of the job; without --input=none it reads the launcher's own input.
-    options = ["-n", str(launch.ranks), f"--cpu-bind={launch.bind('cores')}"]
-    if not launch.is_virtual:
-        options += ["-N", str(launch.nodes), f"--ntasks-per-node={launch.per_node}"]
-        options += ["-w", launch.hosts, "--exact", "--mem=0"]
-        options += ["--overcommit"] if launch.is_crowded else ["-c", str(launch.threads)]
-        if launch.claim.threads_per_core:
-            options.append(f"--threads-per-core={launch.claim.threads_per_core}")
-    if launch.claim.gpus_per_rank:
-        options.append(f"--gpus-per-node={launch.claim.gpus_per_rank * launch.per_node}")
-    return [*options, "--input=none", "--export=ALL", "-K1", "-J", step_name(launch.claim.id)]
-
-
-def _pals(launch: _Launch) -> list[str]:
-    options = ["-n", str(launch.ranks)]
-    if not launch.is_virtual:
-        options += ["--ppn", str(launch.per_node), "--hosts", launch.hosts]
-    bind = launch.bind("depth")
-    options += ["--depth", str(launch.threads)] if bind == "depth" else []
-    exports = [word for item in launch.env.items() for word in ("--env", "=".join(item))]
-    return [*options, "--cpu-bind", bind, *exports]
-
-
-def _aprun(launch: _Launch) -> list[str]:
-    options = ["-n", str(launch.ranks)]
-    if not launch.is_virtual:
-        # Node numbers: nid00012 is 12.
-        numbers = (re.sub(r"^nid0*(?=[0-9])", "", name) for name in launch.placement.names)
-        options += ["-N", str(launch.per_node), "-L", ",".join(numbers)]
-    if launch.cores is not None:
-        options += ["-d", str(launch.threads), "-j", str(launch.claim.threads_per_core or 1)]
-    exports = [word for item in launch.env.items() for word in ("-e", "=".join(item))]
-    return [*options, "-cc", launch.bind("depth"), *exports]
-
-
-def _jsrun(launch: _Launch) -> list[str]:
-    # A resource set for each rank; jsrun takes no host list and places by what is free.
-    cores = launch.cores or launch.threads
-    sets = ["-n", str(launch.ranks), "-a", "1", "-c", str(cores), "-r", str(launch.per_node)]
-    gpus = ["-g", str(launch.claim.gpus_per_rank)]
-    return [*sets, *gpus, "-b", launch.bind(f"packed:{cores}")]
-
-
-def _flux(launch: _Launch) -> list[str]:
-    options = ["-n", str(launch.ranks)]
-    if not launch.is_virtual:
-        options += ["-N", str(launch.nodes), "--exclusive", f"--requires=hosts:{launch.hosts}"]
-        options += ["-c", str(launch.cores)] if launch.cores and not launch.is_crowded else []
-    if launch.claim.gpus_per_rank:
-        options += ["-g", str(launch.claim.gpus_per_rank), "-o", "gpu-affinity=per-task"]
-    bind = launch.bind("per-task")
-    return [*options, "-o", f"cpu-affinity={'off' if bind == 'none' else bind}"]
-
-
-_OPTIONS: Mapping[Flavor, Callable[[_Launch], list[str]]] = {
-    Flavor.OPENMPI4: _openmpi4,
-    Flavor.OPENMPI5: _openmpi5,
-    Flavor.MPICH: _mpich,
-    Flavor.INTEL: _intel,
-    Flavor.SRUN: _srun,
-    Flavor.PALS: _pals,
-    Flavor.APRUN: _aprun,
-    Flavor.JSRUN: _jsrun,
-    Flavor.FLUX: _flux,
-}
 
 
 # Finding one

@@ -8,22 +8,16 @@ of OpenPBS 23.06, qsub of Cobalt, IBM's reference of LSF, submit(1) of Grid Engi
 from __future__ import annotations
 
 import asyncio
-import calendar
 import os
 import re
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ensemble.core.model import Node
-from ensemble.drivers import hostlist, process
-from ensemble.errors import AllocationError, LaunchError
-
-#: Seconds that a scheduler's command may take: squeue needs nine to find that its controller is down.
-ANSWER_TIMEOUT_S = 15.0
-
+from ensemble.drivers import batch, hostlist, walltime
+from ensemble.errors import AllocationError
 
 _JOB_ID = {"slurm": "SLURM_JOB_ID", "cobalt": "COBALT_JOBID", "pbs": "PBS_JOBID"}
 
@@ -76,7 +70,7 @@ async def find_allocation(
         scheduler=scheduler,
         job_id=job_id,
         nodes=_to_nodes(hosts, environ, scheduler)[:virtual_nodes],
-        ends_at=await _find_end(scheduler, environ, job_id, now),
+        ends_at=await walltime.find_end(scheduler, environ, job_id, now),
         restart_count=find_restart_count(scheduler, environ),
         head_is_compute=any(_short(host) == _short(here) for host in hosts),
     )
@@ -247,85 +241,6 @@ def _once(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-# The end of the allocation: argv out, text in
-
-
-def squeue_argv(job_id: str) -> list[str]:
-    """Ask Slurm for a job's end and time left; with SLURM_TIME_FORMAT=%s the end is in epoch seconds."""
-    return ["squeue", "-h", "-j", job_id, "-o", "%e|%L"]
-
-
-def parse_squeue(text: str, now: float) -> float | None:
-    """Return the end: the first column, else now and the second one."""
-    end, _, left = text.strip().partition("\n")[0].partition("|")
-    if re.fullmatch(r"[0-9]{9,10}", end):
-        return _finite(float(end))
-    seconds = parse_duration(left)
-    return None if seconds is None else now + seconds
-
-
-def qstat_argv(job_id: str) -> list[str]:
-    """Ask PBS about one job; with TZ=UTC in its environment it prints times in UTC."""
-    return ["qstat", "-f", "-F", "json", job_id]
-
-
-def parse_qstat(text: str) -> float | None:
-    """Return the job's start and walltime, added up.
-
-    By patterns, because some versions print JSON that is not valid (values of Variable_List).
-    """
-    start = re.search(r'"stime"\s*:\s*"\w{3} (\w{3} +\d+ [0-9:]{8} \d{4})"', text)
-    limit = re.search(r'"Resource_List"\s*:\s*\{[^}]*"walltime"\s*:\s*"([0-9:]+)"', text)
-    seconds = parse_duration(limit[1]) if limit else None
-    if start is None or seconds is None:
-        return None
-    try:
-        return calendar.timegm(time.strptime(start[1], "%b %d %H:%M:%S %Y")) + float(seconds)
-    except ValueError:
-        return None
-
-
-def bjobs_argv(job_id: str) -> list[str]:
-    """Ask LSF for the time that a job has left."""
-    return ["bjobs", "-noheader", "-o", "time_left", job_id]
-
-
-def parse_bjobs(text: str, now: float) -> float | None:
-    """Return the end: `0:59 L` is in hours and minutes, `120 second(s)` as it says, `-` no limit."""
-    if match := re.match(r"\s*([0-9]+):([0-9]{2})\b", text):
-        return now + int(match[1]) * 3600 + int(match[2]) * 60
-    match = re.match(r"\s*([0-9]+) second", text)
-    return now + int(match[1]) if match else None
-
-
-def timeleft_argv() -> list[str]:
-    """Ask Flux for the seconds that the enclosing job has left."""
-    return ["flux", "job", "timeleft"]
-
-
-def parse_timeleft(text: str, now: float) -> float | None:
-    """Return the end; Flux prints the largest unsigned integer where there is no limit."""
-    match = re.fullmatch(r"\s*([0-9]{1,10})(?:\.[0-9]*)?\s*", text)
-    return now + int(match[1]) if match and int(match[1]) < 2**32 - 1 else None
-
-
-def parse_duration(text: str) -> int | None:
-    """Return the seconds of `[D-]H:M:S`, `M:S`, `D-H`, `D-H:M` or a number of seconds; else None."""
-    match = re.fullmatch(r"(?:([0-9]{1,6})-)?([0-9]{1,9}(?::[0-9]{1,3}){0,2})", text.strip())
-    if match is None:
-        return None
-    parts = [int(part) for part in match[2].split(":")]
-    # After days the first number is hours; without them the last one is seconds.
-    padded = [*parts, 0, 0][:3] if match[1] else [0, 0, *parts][-3:]
-    hours, minutes, seconds = padded
-    return int(match[1] or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
-
-
-def _finite(end: float) -> float | None:
-    """Return None for what Slurm writes for ever: the largest 32-bit integers."""
-    return end if 0 < end < 2**32 - 16 else None
-
-
 # Files and commands
 
 
@@ -380,46 +295,10 @@ async def _flux_hosts(environ: Mapping[str, str], job_id: str) -> str:
     """Return the hosts of the instance, or those of this job where it is no instance of its own."""
     is_instance = bool(environ.get("FLUX_ENCLOSING_ID"))
     jobs = ["flux", "jobs", "-n", "-o", "{nodelist}", job_id]
-    text = await _ask(["flux", "getattr", "hostlist"] if is_instance else jobs, environ)
+    text = await batch.ask(["flux", "getattr", "hostlist"] if is_instance else jobs, environ)
     if text is None:
         raise AllocationError(f"flux job {job_id}: the flux command does not tell its nodes")
     return text
-
-
-async def _find_end(
-    scheduler: str, environ: Mapping[str, str], job_id: str, now: float
-) -> float | None:
-    known = {"slurm": "SLURM_JOB_END_TIME", "cobalt": "COBALT_ENDTIME"}.get(scheduler, "")
-    text = environ.get(known, "")
-    if re.fullmatch(r"[0-9]{9,10}(\.[0-9]*)?", text):
-        return _finite(float(text))
-    asked: tuple[list[str], Callable[[str], float | None]]
-    match scheduler:
-        case "slurm":
-            asked = squeue_argv(job_id), lambda text: parse_squeue(text, now)
-        case "pbs":
-            asked = qstat_argv(job_id), parse_qstat
-        case "lsf":
-            asked = bjobs_argv(job_id), lambda text: parse_bjobs(text, now)
-        case "flux":
-            asked = timeleft_argv(), lambda text: parse_timeleft(text, now)
-        case _:
-            return None
-    argv, parse = asked
-    answer = await _ask(argv, environ)
-    return None if answer is None else parse(answer)
-
-
-async def _ask(argv: list[str], environ: Mapping[str, str]) -> str | None:
-    """Return what a scheduler's command prints; None when it fails, is missing or is too slow."""
-    # A user's SQUEUE_… would filter and format.
-    env = {name: value for name, value in environ.items() if not name.startswith("SQUEUE_")}
-    env |= {"LC_ALL": "C", "TZ": "UTC", "SLURM_TIME_FORMAT": "%s"}
-    try:
-        done = await process.run(argv, env=env, timeout_s=ANSWER_TIMEOUT_S)
-    except LaunchError:
-        return None
-    return done.stdout if done.code == 0 else None
 
 
 async def _read(name: str, environ: Mapping[str, str]) -> str:

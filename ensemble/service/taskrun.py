@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ensemble.core.events import CouldNotStart, Ended, Skipped, Started
 from ensemble.core.model import Claim, Placement
-from ensemble.drivers import mpi, process
+from ensemble.drivers import mpi, mpiline, process
 from ensemble.errors import LaunchError
 from ensemble.service.runtime import utc_now
 
@@ -145,7 +145,7 @@ async def _signal_step(claim: Claim, ground: Ground) -> None:
         return
     try:
         found = await process.run(mpi.step_lookup_argv(job_id), timeout_s=10)
-        step = mpi.parse_step(found.stdout, mpi.step_name(claim.id))
+        step = mpi.parse_step(found.stdout, mpiline.step_name(claim.id))
         if step is not None:
             await process.run(mpi.scancel_argv(job_id, step), timeout_s=10)
             await asyncio.sleep(ground.grace_s)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.drivers import nodes
+from ensemble.drivers import batch, nodes, walltime
 from ensemble.drivers.nodes import find_allocation
 from ensemble.errors import AllocationError
 
@@ -125,7 +125,7 @@ async def test_a_failing_squeue_leaves_the_end_unknown(tmp_path, body):
 
 
 async def test_a_hanging_squeue_leaves_the_end_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr(nodes, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(batch, "ANSWER_TIMEOUT_S", 0.1)
     environ = SLURM | {"SLURM_JOB_END_TIME": ""} | script(tmp_path, "squeue", "exec sleep 60")
     assert (await find(environ)).ends_at is None
 
@@ -148,7 +148,7 @@ async def test_slurm_without_a_node_list():
     ],
 )
 def test_parse_squeue(text, end):
-    assert nodes.parse_squeue(text, NOW) == end
+    assert walltime.parse_squeue(text, NOW) == end
 
 
 # PBS
@@ -197,13 +197,15 @@ async def test_pbs_without_a_node_file(tmp_path):
 
 def test_parse_qstat():
     text = (PBS / "qstat-running.json").read_text()
-    assert nodes.parse_qstat(text) == calendar.timegm((2026, 11, 22, 13, 7, 21))
+    assert walltime.parse_qstat(text) == calendar.timegm((2026, 11, 22, 13, 7, 21))
     invalid = text.replace('"PBS_O_LANG":\t"C.UTF-8"', '"BAD":\t"a "quote" and \\q"')
     assert invalid != text
-    assert nodes.parse_qstat(invalid) == nodes.parse_qstat(text)
+    assert walltime.parse_qstat(invalid) == walltime.parse_qstat(text)
     for broken in ("", "{}", (PBS / "qstat-server-down.txt").read_text()):
-        assert nodes.parse_qstat(broken) is None
-    assert nodes.parse_qstat(text.replace("Nov 22 13:02:21 2026", "Nov 99 13:02:21 2026")) is None
+        assert walltime.parse_qstat(broken) is None
+    assert (
+        walltime.parse_qstat(text.replace("Nov 22 13:02:21 2026", "Nov 99 13:02:21 2026")) is None
+    )
 
 
 # Cobalt
@@ -274,7 +276,7 @@ async def test_lsf_malformed_counts():
     ],
 )
 def test_parse_bjobs(text, end):
-    assert nodes.parse_bjobs(text, NOW) == end
+    assert walltime.parse_bjobs(text, NOW) == end
 
 
 # Grid Engine
@@ -368,7 +370,7 @@ def test_count_gpus(environ, gpus):
     ],
 )
 def test_parse_duration(text, seconds):
-    assert nodes.parse_duration(text) == seconds
+    assert walltime.parse_duration(text) == seconds
 
 
 def test_node_name():
