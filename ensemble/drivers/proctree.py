@@ -124,6 +124,18 @@ def list_children(pid: int) -> list[int]:
     return [int(word) for tid in tids for word in _read(f"/proc/{pid}/task/{tid}/children").split()]
 
 
+def list_adopted() -> list[int]:
+    """Read what this process may have adopted as a subreaper, with what its first thread started.
+
+    The kernel gives orphans to the first thread of the reaper (find_new_reaper in kernel/exit.c), so one
+    file tells; it would be one for each thread otherwise.
+    """
+    me = os.getpid()
+    if not _has_children_files():
+        return children_reader()(me)
+    return [int(word) for word in _read(f"/proc/{me}/task/{me}/children").split()]
+
+
 def walk(tops: list[Stat], children: Children) -> Iterator[Stat]:
     """Yield processes and everything below them, parents first.
 

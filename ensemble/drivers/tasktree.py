@@ -184,7 +184,7 @@ def list_strays() -> list[Stat]:
     me, session = os.getpid(), os.getsid(0)
     before = min([now_ticks(), *starting.values()])
     strays = []
-    for pid in proctree.children_reader()(me):
+    for pid in proctree.list_adopted():
         stat = None if pid in roots else proctree.read_stat(pid)
         if stat is None or stat.ppid != me or stat.sid == session:
             continue
