@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(USER_STAMP) ## run a real ensemble on this machine, from nothing (half a minute after installing)
+demo: $(USER_STAMP) ## run a real ensemble on this machine, from nothing (seconds, after installing)
 	@$(BIN)/python examples/demo.py
 
 test: $(DEV_STAMP) ## run the whole test suite

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0 done, 1 failed, 2 usage, 3 not found, 4 store unreachable, 130 interrupted.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A locale without a character must not end a listing half-way.
         if hasattr(stream, "reconfigure"):
@@ -42,6 +43,19 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the last resort: whatever it is, the user gets one line
         return _report(error, session.is_debug)
     return status
+
+
+def _open_closed_streams() -> None:
+    """Lead standard streams that the caller closed (`<&-`) to nowhere, here and in children.
+
+    Else the next file or socket that is opened takes their number, and uvloop aborts on closing it.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest: fd
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 - for good
 
 
 def _invoke(argv: list[str], session: Session) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ensemble.config import Settings, StoreSettings
 from ensemble.core.database import Address, connect
@@ -23,7 +24,12 @@ from ensemble.site import OWNER, Site, create
 POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
 TABLES = "task, task_spec, task_parent, attempt, event, lease, launcher, batch_job, submission, app, workflow"
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children inherit it
+# A loaded machine is no reason to fail.
+settings.register_profile("ensemble", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ensemble")
+
+# A shell's background job ignores it, and children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing of the caller's may leak into a test.

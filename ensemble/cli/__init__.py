@@ -98,5 +98,7 @@ def group(session: Session, /, site: str | None, debug: bool) -> None:
 
     Exit status: 0 done, 1 failed, 2 usage, 3 not found, 4 database unreachable.
     """
+    if site == "":
+        raise click.BadParameter("it is empty: name a directory", param_hint="'--site'")
     session.named = site
     session.is_debug = debug

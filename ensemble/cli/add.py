@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -175,11 +176,14 @@ def add(
     fields = {
         name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
     }
+    if key == "":
+        raise click.UsageError("--key is empty: leave it out to add in any case")
     if source is None and not args and "app" not in fields:
         raise click.UsageError("say what to run: a command after --, an --app, or --from FILE")
     fields |= _words(fields, args, is_template=bool(source or fields.get("params")))
     records = _records(source, form, fields)
-    ids = session.run(lambda client: _add(client, records, key))
+    name = None if source is None else _describe(source)
+    ids = session.run(lambda client: _add(client, records, name, key))
     for warning in dict.fromkeys(w for record in records for w in warnings(record.task)):
         click.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -214,28 +218,40 @@ def _records(source: BinaryIO | None, form: str | None, fields: dict[str, Any]) 
     try:
         found = records.read(data, chosen, fields)
     except UsageError as error:
-        raise UsageError(f"{name or 'standard input'}, {error}; nothing was added") from error
+        raise UsageError(f"{_describe(source)}, {error}; nothing was added") from error
     if not found:
-        raise UsageError(f"{name or 'standard input'}: there is no task in it")
+        raise UsageError(f"{_describe(source)}: there is no task in it")
     return found
 
 
-async def _add(client: Client, records: Sequence[Record], key: str | None) -> list[int]:
+def _describe(source: BinaryIO) -> str:
+    return "standard input" if source.name == "<stdin>" else str(source.name)
+
+
+async def _add(
+    client: Client, records: Sequence[Record], source: str | None, key: str | None
+) -> list[int]:
     try:
         return await client.tasks.add([record.task for record in records], key=key)
-    except UsageError:
-        if records[0].line:
-            await _name_line(client, records)
-        raise
+    except UsageError as error:
+        if source is None:
+            raise
+        reason = await _find_reason(client, records, error)
+        raise UsageError(f"{source}{reason}; nothing was added") from error
 
 
-async def _name_line(client: Client, records: Sequence[Record]) -> None:
-    """Raise the error of the first line that the store refuses."""
+async def _find_reason(client: Client, records: Sequence[Record], error: UsageError) -> str:
+    """Return why the store refuses them, with the line when a single one is to blame."""
     from ensemble.core.submission import resolve
 
     apps = {app.name: app for app in await client.apps.find()}
+    names: Counter[str] = Counter()
     for record in records:
         try:
-            resolve(record.task, apps)
-        except UsageError as error:
-            raise UsageError(f"line {record.line}: {error}; nothing was added") from error
+            names[resolve(record.task, apps).name] += 1
+        except UsageError as refusal:  # without "task 3 of 7": the line says that
+            return f", line {record.line}: {refusal}"
+    for record in records:
+        if any(isinstance(parent, str) and names[parent] != 1 for parent in record.task.parents):
+            return f", line {record.line}: {error}"
+    return f": {error}"

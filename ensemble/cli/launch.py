@@ -10,6 +10,7 @@ import click
 
 from ensemble.cli.options import Amount, examples
 from ensemble.cli.session import Session
+from ensemble.core.submission import LARGEST_MACHINE
 from ensemble.errors import LaunchError, UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--nodes",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=LARGEST_MACHINE),
     metavar="N",
     help="Use N nodes of the allocation, or make N virtual ones on this machine. [default: all]",
 )
@@ -72,13 +73,15 @@ def launch(
         raise UsageError("--job-mode serial: this release runs mpi mode only (--job-mode mpi)")
     from ensemble.service.options import LaunchOptions
 
+    # The guard starts this command again with its own --debug, not with the one of `ensemble`.
+    session.is_debug = session.is_debug or debug
     options = LaunchOptions(
         wf_filter=wf_filter,
         time_limit_minutes=time_limit_minutes,
         nodes=nodes,
         idle_timeout_s=idle_timeout,
         is_persistent=persistent,
-        debug=debug or session.is_debug,
+        debug=session.is_debug,
     )
     site = session.site()
     _enter_guard(str(site.path), options)

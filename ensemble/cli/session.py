@@ -28,9 +28,13 @@ class Session:
         Raises:
             NotFoundError: There is none.
         """
+        from ensemble.errors import NotFoundError
         from ensemble.site import Site
 
-        return Site.find(self.named)
+        try:
+            return Site.find(self.named)
+        except FileNotFoundError as error:
+            raise NotFoundError("the current directory was removed: cd to another one") from error
 
     def run(self, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
         """Connect to the site's store, do *work*, disconnect; return what it returned."""

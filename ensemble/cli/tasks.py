@@ -55,7 +55,7 @@ def _split_kind(
 @filters
 @click.option(
     "--limit",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=_EVERYTHING),
     default=50,
     show_default=True,
     metavar="N",

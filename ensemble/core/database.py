@@ -31,6 +31,15 @@ from ensemble.errors import (
 )
 
 SCHEMA = "ensemble"
+#: What the driver raises of its own. InternalClientError is neither of its two families: a statement
+#: that is sent while the server's farewell is being read ends so.
+DRIVER_ERRORS = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 T = TypeVar("T")
 
 
@@ -78,22 +87,16 @@ async def connect(address: Address, *, name: str) -> asyncpg.Connection[Any]:
             command_timeout=address.command_timeout_s,
             server_settings=_server_settings(name),
         )
-    except (
-        OSError,
-        TimeoutError,
-        asyncpg.PostgresError,
-        asyncpg.InterfaceError,
-        ValueError,
-    ) as error:
+        _keep_alive(connection)
+        await connection.set_type_codec(
+            "jsonb",
+            schema="pg_catalog",
+            encoder=lambda value: b"\x01" + msgspec.json.encode(value),
+            decoder=lambda data: msgspec.json.decode(bytes(data)[1:]),
+            format="binary",  # COPY needs binary
+        )
+    except (*DRIVER_ERRORS, ValueError) as error:
         raise unavailable(error, address) from error
-    _keep_alive(connection)
-    await connection.set_type_codec(
-        "jsonb",
-        schema="pg_catalog",
-        encoder=lambda value: b"\x01" + msgspec.json.encode(value),
-        decoder=lambda data: msgspec.json.decode(bytes(data)[1:]),
-        format="binary",  # COPY needs binary
-    )
     return connection
 
 
@@ -160,6 +163,9 @@ def _keep_alive(connection: asyncpg.Connection[Any]) -> None:
 NOT_APPLIED = frozenset({"40001", "40P01", "55P03", "57P03", "53300", "25006"})
 #: The connection or the server went away: whether the statement was applied is not known.
 UNKNOWN = frozenset({"57P01", "57P02", "08000", "08003", "08006", "57014", "25P03"})
+#: Another release's schema was brought in meanwhile: a function, table or column is missing, or a
+#: plan is older than it. A launcher must not end its tasks for that.
+OTHER_SCHEMA = frozenset({"42883", "42P01", "42703", "0A000"})
 #: Codes that our own functions raise.
 OWN: dict[str, type[EnsembleError]] = {
     "EN001": LeaseLostError,
@@ -189,7 +195,7 @@ def wrap(error: Exception) -> Exception:
         return UsageError(f"the database cannot take a value: {error}")  # the driver never sent it
     if isinstance(error, ConnectionRefusedError):
         return StoreUnavailableError(f"the database does not answer: {error}")
-    if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError):
+    if isinstance(error, DRIVER_ERRORS):
         return OutcomeUnknownError(f"lost the database: {str(error) or type(error).__name__}")
     return error
 
@@ -203,8 +209,8 @@ def _wrap_server_error(error: Exception, code: str) -> Exception:
         return StoreFullError(f"the database cannot write: {line}")
     if code.startswith("22"):
         return UsageError(f"the database cannot take a value: {line}")
-    # 53: connections, memory; XX: the server's own fault; 0A000: a plan older than the schema.
-    if code in NOT_APPLIED or code[:2] in ("53", "XX") or code == "0A000":
+    # 53: connections, memory; XX: the server's own fault.
+    if code in NOT_APPLIED or code in OTHER_SCHEMA or code[:2] in ("53", "XX"):
         return StoreUnavailableError(f"the database refused for now: {line}")
     if code in UNKNOWN or code.startswith("08"):
         return OutcomeUnknownError(f"the database went away: {line}")
@@ -218,7 +224,7 @@ async def wrapped() -> AsyncIterator[None]:
         yield
     except EnsembleError:
         raise
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except DRIVER_ERRORS as error:
         better = wrap(error)
         if better is error:
             raise

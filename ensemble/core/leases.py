@@ -88,7 +88,7 @@ class Lease:
             LeaseLostError: The lease was closed; nothing was taken.
             StoreUnavailableError: The database cannot be reached.
         """
-        minutes = _FOR_EVER if room.left_s is None else int(room.left_s // 60)
+        minutes = _FOR_EVER if room.left_s is None else min(int(room.left_s // 60), _FOR_EVER)
         async with wrapped():
             rows = await self._pool.fetch(
                 "SELECT * FROM claim_tasks($1, $2, $3, $4, $5, $6)",

@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import asyncpg
-
-from ensemble.core.database import Address, connect
+from ensemble.core.database import DRIVER_ERRORS, Address, connect
 from ensemble.errors import StoreUnavailableError
 from ensemble.log import get_logger
 
@@ -58,8 +56,7 @@ class Listener:
         while True:
             try:
                 await self._listen()
-            except (StoreUnavailableError, OSError, TimeoutError, asyncpg.PostgresError,
-                    asyncpg.InterfaceError) as error:  # fmt: skip
+            except (StoreUnavailableError, *DRIVER_ERRORS) as error:
                 delay = 0.2 if self._was_connected else delay
                 self._log.warning("listener.lost", error=str(error), retry_s=round(delay, 1))
             else:

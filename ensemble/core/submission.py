@@ -201,7 +201,8 @@ def _siblings(task: NewTask, places: Mapping[str, Sequence[int]]) -> list[int]:
         if isinstance(parent, str):
             if len(places[parent]) != 1:
                 how = f"{len(places[parent])} tasks" if places[parent] else "no task"
-                raise UsageError(f"parent {parent!r}: {how} of this submission has that name")
+                have = "have" if places[parent] else "has"
+                raise UsageError(f"parent {parent!r}: {how} of this submission {have} that name")
             found.append(places[parent][0])
     return found
 

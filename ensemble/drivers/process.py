@@ -78,10 +78,13 @@ async def run(
         async with asyncio.timeout(timeout_s):
             out, err = await process.communicate(stdin)
     except BaseException as error:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended; what it left holds its output
+            process.kill()
         await process.wait()
         if isinstance(error, TimeoutError):
-            raise LaunchError(f"{argv[0]} did not end within {timeout_s:g} s") from error
+            raise LaunchError(
+                f"{argv[0]} did not end and close its output within {timeout_s:g} s"
+            ) from error
         raise
     return Completed(
         code=process.returncode if process.returncode is not None else -1,
@@ -220,8 +223,9 @@ async def sweep(process: Process, *, grace_s: float) -> int:
     Returns:
         How many processes were left.
     """
-    if not tasktree.list_strays():
-        return 0
+    with contextlib.suppress(OSError):  # file descriptors ran out: the tree waits for some
+        if not tasktree.list_strays():
+            return 0
     with tasktree.Tree(process) as tree:
         await tree.end(grace_s)
         return tree.count
@@ -412,13 +416,17 @@ def _kill_and_wait(targets: Sequence[Stat], timeout_s: float) -> None:
     """Kill processes; return when all are gone, or after a while."""
     end = time.monotonic() + timeout_s
     poll = select.poll()
-    pidfds = {pidfd for stat in targets if (pidfd := tasktree.open_pidfd(stat)) is not None}
-    waiting = set(pidfds)
+    pidfds: set[int] = set()
     try:
-        for pidfd in pidfds:
+        for stat in targets:
+            pidfd = tasktree.open_pidfd(stat)
+            if pidfd is None:
+                continue
+            pidfds.add(pidfd)
             poll.register(pidfd, select.POLLIN)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        waiting = set(pidfds)
         while waiting and (left := end - time.monotonic()) > 0:
             for pidfd, _ in poll.poll(1000 * left):
                 poll.unregister(pidfd)

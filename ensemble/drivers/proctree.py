@@ -5,6 +5,7 @@ Sources: proc(5) and its parts proc_pid_stat(5), proc_pid_environ(5), proc_tid_c
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import threading
@@ -157,25 +158,40 @@ def _has_children_files() -> bool:
     return os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children")
 
 
+def is_shortage(error: OSError) -> bool:
+    """Tell whether the system was out of something, so that nothing is known of what was asked for."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def _list_numbers(path: str) -> list[int]:
     try:
         return [int(name) for name in os.listdir(path) if name.isdigit()]
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return []
 
 
 def _read(path: str) -> bytes:
-    """Read a file of /proc whole; nothing when the process is gone or belongs to somebody else."""
+    """Read a file of /proc whole; nothing when the process is gone or belongs to somebody else.
+
+    Raises:
+        OSError: It could not be looked at for want of file descriptors or memory; it may be there.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return b""
     try:
         data = chunk = os.read(fd, _CHUNK)
         while chunk:
             chunk = os.read(fd, _CHUNK)
             data += chunk
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return b""
     finally:
         os.close(fd)

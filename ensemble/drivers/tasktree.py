@@ -51,6 +51,8 @@ class Tree:
         #: Whether the last look met a process that may turn out to belong here: one on its way into a program, or
         #: out of life, shows no environment.
         self._has_unsure = False
+        #: Whether the last look could not see everything, as file descriptors ran out.
+        self._is_blind = False
 
     def __enter__(self) -> Self:
         return self
@@ -67,14 +69,19 @@ class Tree:
     def look(self) -> list[Held]:
         """Find processes that were not known, reap those that ended; return the new ones."""
         self._changed.clear()
-        self._has_unsure = False
-        found = []
-        for stat in self._find():
-            if stat.is_zombie:
-                self._reap(stat)
-            elif stat.pid not in self._held and (held := self._hold(stat)):
-                self._process.sessions.add(stat.sid)
-                found.append(held)
+        self._has_unsure = self._is_blind = False
+        found: list[Held] = []
+        try:
+            for stat in self._find():
+                if stat.is_zombie:
+                    self._reap(stat)
+                elif stat.pid not in self._held and (held := self._hold(stat)):
+                    self._process.sessions.add(stat.sid)
+                    found.append(held)
+        except OSError as error:
+            if not proctree.is_shortage(error):
+                raise
+            self._is_blind = True
         return found
 
     async def end(self, grace_s: float) -> None:
@@ -83,7 +90,7 @@ class Tree:
             self._terminate(list(self._held.values()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
-                    while self._held:
+                    while self._held or self._is_blind:
                         self._terminate_orphans(await self._look_on_change())
         while await self._is_left():
             for held in list(self._held.values()):
@@ -96,11 +103,11 @@ class Tree:
         if not self._held and self._has_unsure:
             await asyncio.sleep(_EXEC_S)
             self.look()
-        return bool(self._held)
+        return bool(self._held) or self._is_blind
 
     async def _look_on_change(self) -> list[Held]:
         """Look again once a process has ended."""
-        if self._held:
+        if self._held or self._is_blind:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_AGAIN_S):
                     await self._changed.wait()
@@ -207,7 +214,11 @@ def open_pidfd(stat: Stat) -> int | None:
         pidfd = os.pidfd_open(stat.pid)
     except ProcessLookupError:
         return None
-    now = proctree.read_stat(stat.pid)
+    try:
+        now = proctree.read_stat(stat.pid)
+    except OSError:
+        os.close(pidfd)
+        raise
     if now is None or now.start_ticks != stat.start_ticks:
         os.close(pidfd)
         return None

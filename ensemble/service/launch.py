@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from ensemble.site import Site
 
 #: Tasks inherit it, and some programs walk through all numbers up to it: no more than is useful.
 _FILES = 65_536
+_THREADS = 16
 
 
 def main(site: Site, options: LaunchOptions) -> int:
@@ -166,8 +168,24 @@ def _own_environ(found: mpi.MpiLauncher | None) -> dict[str, str]:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for what may hang on a file system; the end does not wait for them."""
-    executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="start")
+    """Threads for what may hang on a file system; the end does not wait for them.
+
+    All are started now: once the tasks have used up the user's processes (ulimit -u), a thread that
+    cannot be started would end the launcher.
+
+    Raises:
+        LaunchError: That is so already.
+    """
+    executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="start")
+    are_ready = threading.Barrier(_THREADS + 1)
+    try:
+        for _ in range(_THREADS):
+            executor.submit(are_ready.wait)
+        are_ready.wait()
+    except RuntimeError as error:
+        are_ready.abort()
+        executor.shutdown(wait=False)
+        raise LaunchError(f"cannot start {_THREADS} threads (see ulimit -u): {error}") from error
     try:
         yield executor
     finally:

@@ -40,6 +40,7 @@ from ensemble.core.events import (
     Reconciled,
     RecordEnd,
     RecordStart,
+    Skipped,
     Terminate,
     Ticked,
     WorkRang,
@@ -215,14 +216,24 @@ class Launcher:
 
     async def _claim(self, room: Room) -> list[Claim]:
         if self._wf_filter is not None and self._is_filter_stale:
-            self._is_filter_stale = False
-            self._workflows = await self._store.workflow_ids(self._wf_filter)
+            self._is_filter_stale = False  # first: a ring meanwhile makes it stale again
+            try:
+                self._workflows = await self._store.workflow_ids(self._wf_filter)
+            except StoreUnavailableError:
+                self._is_filter_stale = True
+                raise
         return await self._lease.claim(room, self._workflows)
 
     async def _run_task(self, launch: Launch, handle: Handle) -> None:
-        async with self._places:
-            await taskrun.run_task(launch.claim, launch.placement, handle, self._ground, self._post)
-        del self._handles[launch.claim.id]
+        claim = launch.claim
+        if await taskrun.unless_ending(handle, self._places.acquire):
+            try:
+                await taskrun.run_task(claim, launch.placement, handle, self._ground, self._post)
+            finally:
+                self._places.release()
+        else:
+            self._post(Skipped(id=claim.id, attempt=claim.attempt, at=runtime.utc_now()))
+        del self._handles[claim.id]
 
     def _record_end(self, end: End) -> None:
         self._recorder.add_end(end)
@@ -286,6 +297,8 @@ class Launcher:
         # Close to the lease's end even KILL must have worked; the guard acts if we cannot.
         guard_s = trust_s + (ttl_s - trust_s) / 2
         self._trusted_until = runtime.boottime_s() + trust_s
+        if self._guard is not None:  # tasks may run before the first renewal is answered
+            self._guard.deadline(runtime.boottime_s() + guard_s)
         while True:
             sent = runtime.boottime_s()
             if await self._renew(patience_s=min(max(trust_s / 3, 0.5), 30.0)):
@@ -345,7 +358,10 @@ class Launcher:
         period_s = max(1.0, min(30.0, self._settings.lease_ttl_s / 4))
         while True:
             await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
-            await self._try(reap(self._store, own_lease=self._lease.id))
+            try:
+                await self._try(reap(self._store, own_lease=self._lease.id))
+            except (OSError, RuntimeError) as error:  # for want of file descriptors or threads
+                self._log.warning("reap.failed", error=str(error))
 
     async def _tell(self) -> None:
         """Ring for watchers and other launchers after what was written, not too often."""

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ensemble.core.events import CouldNotStart, Ended, Skipped, Started
 from ensemble.core.model import Claim, Placement
@@ -15,6 +16,7 @@ from ensemble.drivers import mpi, mpiline, process
 from ensemble.errors import LaunchError
 from ensemble.service.runtime import utc_now
 
+T = TypeVar("T")
 Post = Callable[[Started | CouldNotStart | Skipped | Ended], None]
 
 
@@ -107,12 +109,21 @@ async def _prepare(
     claim: Claim, placement: Placement, handle: Handle, ground: Ground
 ) -> dict[str, str] | None:
     """Wait for the task's turn and return its environment; None when it is to be ended meanwhile."""
+
+    async def prepare() -> dict[str, str]:
+        await ground.admit()
+        return await task_environ(claim, placement, ground)
+
+    return await unless_ending(handle, prepare)
+
+
+async def unless_ending(handle: Handle, prepare: Callable[[], Awaitable[T]]) -> T | None:
+    """Return what comes of a wait before the process is made; None when the task is to be ended."""
     if handle.is_ending():
         return None
     try:
         async with asyncio.timeout(None) as handle.preparation:
-            await ground.admit()
-            return await task_environ(claim, placement, ground)
+            return await prepare()
     except TimeoutError:
         return None
     finally:
@@ -203,26 +214,44 @@ async def task_environ(claim: Claim, placement: Placement, ground: Ground) -> di
     }
 
 
-_sourced: dict[tuple[str, frozenset[tuple[str, str]]], dict[str, str]] = {}
+#: What scripts left, or will have left: the first task that needs one runs it, the others wait.
+_sourced: dict[tuple[str, frozenset[tuple[str, str]]], asyncio.Future[dict[str, str]]] = {}
 
 
 async def source(script: str, env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that a bash script leaves when it is sourced; run once and remembered.
 
     Raises:
-        LaunchError: It failed; its last words are in the message.
+        LaunchError: It failed; its last words are in the message. The next task tries again.
     """
     key = (script, frozenset(env.items()))
-    if key not in _sourced:
-        done = await process.run(
-            ["bash", "-c", '. "$0" >&2 && exec env -0', script], env=env, timeout_s=300
-        )
-        if done.code != 0:
-            last = (process.printable(done.stderr).strip().splitlines() or ["no output"])[-1]
-            raise LaunchError(f"environment script {script} failed with {done.code}: {last}")
-        pairs = (item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)
-        _sourced[key] = dict(pairs)
-    return dict(_sourced[key])
+    while (known := _sourced.get(key)) is not None:
+        if not known.done():
+            await asyncio.wait([known])
+        if not known.cancelled():  # else the task that ran it was killed
+            return dict(known.result())
+    _sourced[key] = answer = asyncio.get_running_loop().create_future()
+    try:
+        answer.set_result(await _source(script, env))
+    except BaseException as error:
+        del _sourced[key]
+        if isinstance(error, LaunchError):
+            answer.set_exception(error)
+            answer.exception()  # there may be nobody else who waits for it
+        else:
+            answer.cancel()
+        raise
+    return dict(answer.result())
+
+
+async def _source(script: str, env: Mapping[str, str]) -> dict[str, str]:
+    done = await process.run(
+        ["bash", "-c", '. "$0" >&2 && exec env -0', script], env=env, timeout_s=300
+    )
+    if done.code != 0:
+        last = (process.printable(done.stderr).strip().splitlines() or ["no output"])[-1]
+        raise LaunchError(f"environment script {script} failed with {done.code}: {last}")
+    return dict(item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)
 
 
 def _exported(claim: Claim, env: Mapping[str, str]) -> dict[str, str]:

@@ -323,6 +323,7 @@ def test_a_key_adds_once(ens):
         (2, "not supported by this release", ("--input-file", "x", "--", "true")),
         (2, "not supported by this release", ("--post-error-handler", "--", "true")),
         (2, "--format goes with --from", ("--format", "csv", "--", "true")),
+        (2, "--key is empty", ("--key", "", "--", "true")),
     ],
 )
 def test_what_cannot_be_added_is_refused_and_nothing_is_added(ens, status, says, words):
@@ -378,9 +379,15 @@ def test_many_ids_are_printed_as_ranges_and_all_of_them_as_json(ens):
         ("bad.csv", "t,num_nodes\n1,1\n2\n", "line 3: 1 cells"),
         ("bad.csv", "t\n1\n\n2\n\xff", None),
         ("bad.csv", "num_nodes\n1\n1\n\n0\n", "line 5: num_nodes is 0"),
-        ("bad.jsonl", '{"app": "nope"}\n', "line 1: there is no app 'nope'"),
+        ("bad.jsonl", '{"app": "nope"}\n', "bad.jsonl, line 1: there is no app 'nope'"),
         ("bad.jsonl", '{"command": "true"}\n{"command"\n', "bad.jsonl, line 2: not JSON"),
         ("bad.jsonl", '{"command": "true"}\n{"command": "x", "nodez": 1}', "line 2: unknown field"),
+        (
+            "bad.jsonl",
+            '{"command": "x"}\n{"command": "x", "parents": ["y"]}',
+            "bad.jsonl, line 2: p",
+        ),
+        ("bad.jsonl", '{"name": "a", "command": "x", "parents": ["a"]}', "bad.jsonl: tasks wait"),
         ("bad.csv", "num_nodes\n", "there is no task in it"),
         ("bad.csv", "", "there is no task in it"),
     ],
@@ -443,6 +450,33 @@ def test_a_reader_that_leaves_early_is_no_error(ens, words):
         timeout=60,
     )
     assert done.stderr == "status 141\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error(ens, closed):
+    for words in ("ls", "launch --nodes 1 --wf-filter nothing --idle-timeout 0"):
+        line = f"exec {sys.executable} -m ensemble {words} {closed}"
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=ens.site,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            timeout=60,
+        )
+        assert (done.returncode, b"error" in done.stderr) == (0, False), done
+
+
+def test_a_current_directory_that_was_removed_is_said_so(ens):
+    line = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} -m ensemble ls"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=ens.site,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert done.stderr == b"error: the current directory was removed: cd to another one\n"
 
 
 def test_directory_and_output(ens):
@@ -514,6 +548,16 @@ def test_many_are_touched_only_with_yes(ens):
     ens.fails(2, "this would remove 11 tasks", "rm", "--workflow", "many", "--state", "USER_KILLED")
     assert "removed 11 tasks" in ens("rm", "--workflow", "many", "-y")
     ens.fails(3, "no task is selected", "rm", "--workflow", "many")
+
+
+def test_numbers_beyond_all_bounds_are_usage_errors(ens):
+    ens.fails(2, "--limit", "ls", "--limit", "9" * 20)
+    # Not made first and refused then: so many virtual nodes fill the memory.
+    ens.fails(2, "--nodes", "launch", "--nodes", "9" * 11)
+
+
+def test_a_site_without_a_name_is_not_the_one_above(ens):
+    ens.fails(2, "--site", "--site", "", "kill", "--all", "--yes")
 
 
 def test_selecting_nothing_is_a_usage_error(ens):

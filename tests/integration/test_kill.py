@@ -161,3 +161,30 @@ async def test_an_open_transaction_stalls_its_own_task_only(
     await transaction.rollback()
     assert await ens.leave(launched) == 0
     assert set(await ens.states()) == {State.JOB_FINISHED}
+
+
+async def test_a_task_killed_while_it_waits_for_a_launch_frees_its_node_at_once(
+    ens: Ensemble,
+) -> None:
+    ids = await ens.store.add([sh("sleep 600"), sh("sleep 600")])
+    launched = ens.launch(nodes=2, LAUNCHER_MAX_LAUNCHES=1)
+
+    async def claimed() -> list[int]:
+        counts = await ens.store.counts()
+        return sorted(counts.held.values())
+
+    async def one_runs_and_one_waits() -> bool:
+        return sorted(await ens.states()) == [State.PREPROCESSED, State.RUNNING] and (
+            await claimed() == [1, 1]
+        )
+
+    async def is_free() -> bool:
+        return await claimed() == [1]
+
+    await ens.eventually(one_runs_and_one_waits)
+    (waiting,) = [i for i in ids if (await ens.task(i)).state is State.PREPROCESSED]
+    await ens.store.kill([waiting])
+    await ens.eventually(is_free)
+    assert await ens.outcomes(waiting) == [Outcome.GIVEN_BACK]
+    launched.signal(signal.SIGTERM)
+    assert await ens.leave(launched) == 0

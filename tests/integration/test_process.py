@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -513,3 +515,53 @@ async def test_no_rank_survives(tmp_path: Path, name: str, how: str) -> None:
     else:
         await process.end_tree(task, grace_s=5 if how == "end" else 0)
     assert marked() == []
+
+
+async def test_a_program_that_leaves_its_output_open_is_an_error_not_a_crash() -> None:
+    with pytest.raises(LaunchError, match="close its output"):
+        await process.run(["sh", "-c", "sleep 1 & exit 0"], timeout_s=0.2)
+    await eventually(lambda: not reap_any())
+
+
+def reap_any() -> bool:
+    """Reap a child that was adopted, if one has ended; tell whether any is left."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    return bool(proctree.list_children(os.getpid()))
+
+
+@contextlib.contextmanager
+def no_file_descriptors() -> Iterator[list[int]]:
+    """Use up all file descriptors; the block gets those that it may close."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    taken: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield taken
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_without_file_descriptors_a_daemon_is_not_taken_for_gone(tmp_path: Path) -> None:
+    task = shell(tmp_path, "setsid sleep 100 & sleep 0.1")
+    assert (await task.wait()).code == 0
+    with no_file_descriptors() as taken:
+        sweeping = asyncio.create_task(process.sweep(task, grace_s=0))
+        await asyncio.sleep(0.1)
+        assert not sweeping.done()
+        for _ in range(8):
+            os.close(taken.pop())
+        assert await asyncio.wait_for(sweeping, 5) == 1
+    assert marked() == []
+
+
+async def test_without_file_descriptors_nobody_is_declared_dead() -> None:
+    me = proctree.read_stat(os.getpid())
+    assert me is not None
+    with no_file_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        process.is_alive(me.pid, me.start_ticks)

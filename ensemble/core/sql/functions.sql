@@ -183,7 +183,7 @@ CREATE TRIGGER task_removed AFTER DELETE ON task
 
 -- ------------------------------------------------------------------------------- leases
 
--- check_lease(lease): holds the lease against the reaper (who takes FOR UPDATE) until commit.
+-- is_lease_active(lease): if so, holds it against the reaper (who takes FOR UPDATE) until commit.
 CREATE OR REPLACE FUNCTION is_lease_active(p_lease bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 BEGIN
@@ -276,7 +276,7 @@ END $$;
 
 -- ------------------------------------------------------------------------------- claim
 
--- next_size(workflows, priority, nodes, below): the first (priority, num_nodes) of runnable tasks
+-- next_size(workflows, priority, nodes): the first (priority, num_nodes) of runnable tasks
 -- at or after the given one in claim order: one descent of an index per workflow.
 CREATE OR REPLACE FUNCTION next_size(p_workflows int[], p_priority int, p_nodes int)
 RETURNS TABLE (priority int, num_nodes int)
@@ -668,8 +668,8 @@ BEGIN
   RETURN cardinality(v_ids);
 END $$;
 
--- drain_tasks(lease): the allocation ends: one statement marks all that runs. A row that somebody's
--- open transaction has locked is skipped; its end report says the same.
+-- drain_tasks(lease, reason): the allocation ends: one statement marks all that runs. A row that
+-- somebody's open transaction has locked is skipped; its end report says the same.
 CREATE OR REPLACE FUNCTION drain_tasks(p_lease bigint, p_reason text) RETURNS int
 LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
   WITH live AS MATERIALIZED (
