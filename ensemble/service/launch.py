@@ -31,7 +31,8 @@ from ensemble.site import Site
 
 #: Tasks inherit it, and some programs walk through all numbers up to it: no more than is useful.
 _FILES = 65_536
-_THREADS = 16
+_STARTERS = 16
+_READERS = 2
 
 
 def main(site: Site, options: LaunchOptions) -> int:
@@ -68,7 +69,7 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         )
         if guard is not None:
             guard.lease(lease.id)
-        with _threads() as executor:
+        with _threads("start", _STARTERS) as executor, _threads("read", _READERS) as readers:
             ground = Ground(
                 site=site.path,
                 marker_prefix=process.marker_prefix(lease.id, process.identity()),
@@ -77,6 +78,7 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
                 mpi_error=mpi_error,
                 is_single_rank_wrapped=site.settings.mpi.wrap_single_rank,
                 executor=executor,
+                readers=readers,
                 grace_s=settings.grace_s,
                 error_tail_lines=settings.error_tail_lines,
                 scheduler_job_id=allocation.job_id,
@@ -167,7 +169,7 @@ def _own_environ(found: mpi.MpiLauncher | None) -> dict[str, str]:
 
 
 @contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
+def _threads(name: str, count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for what may hang on a file system; the end does not wait for them.
 
     All are started now: once the tasks have used up the user's processes (ulimit -u), a thread that
@@ -176,16 +178,16 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
     Raises:
         LaunchError: That is so already.
     """
-    executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="start")
-    are_ready = threading.Barrier(_THREADS + 1)
+    executor = ThreadPoolExecutor(max_workers=count, thread_name_prefix=name)
+    are_ready = threading.Barrier(count + 1)
     try:
-        for _ in range(_THREADS):
+        for _ in range(count):
             executor.submit(are_ready.wait)
         are_ready.wait()
     except RuntimeError as error:
         are_ready.abort()
         executor.shutdown(wait=False)
-        raise LaunchError(f"cannot start {_THREADS} threads (see ulimit -u): {error}") from error
+        raise LaunchError(f"cannot start {count} threads (see ulimit -u): {error}") from error
     try:
         yield executor
     finally:

@@ -53,6 +53,8 @@ class Ground:
     mpi_error: str
     is_single_rank_wrapped: bool
     executor: Executor
+    #: For reading outputs: starts that hang on a file system must not hold ends up.
+    readers: Executor
     grace_s: float
     error_tail_lines: int
     scheduler_job_id: str | None
@@ -89,7 +91,7 @@ async def run_task(
     error_text = start_error = None
     if status != 0:
         error_text = await loop.run_in_executor(
-            ground.executor, process.tail, output, ground.error_tail_lines
+            ground.readers, process.tail, output, ground.error_tail_lines
         )
         start_error = _start_error(claim, argv, ground, status, error_text)
     post(

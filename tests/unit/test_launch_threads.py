@@ -18,7 +18,7 @@ def test_no_thread_is_started_once_tasks_may_have_used_up_the_processes(
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with launch._threads() as executor:
+    with launch._threads("start", 16) as executor:
         monkeypatch.setattr(threading.Thread, "start", refuse)
         gate = threading.Event()
         futures = [executor.submit(gate.wait) for _ in range(100)]
@@ -39,7 +39,7 @@ def test_a_launcher_that_gets_no_threads_says_so_and_hangs_on_none(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse_the_fourth)
-    with pytest.raises(LaunchError, match="ulimit -u"), launch._threads():
+    with pytest.raises(LaunchError, match="ulimit -u"), launch._threads("start", 16):
         raise AssertionError("unreachable")
     for thread in started:
         thread.join(timeout=10)
