@@ -85,7 +85,8 @@ async def run_task(
         await terminate(claim, handle, ground, is_forced=False)
     result = await handle.process.wait()
     at, was_signalled = utc_now(), handle.was_signalled
-    await process.sweep(handle.process, grace_s=0 if handle.is_ending() else ground.grace_s)
+    # What is being killed has its grace from `terminate`, also after its root has gone.
+    await process.sweep(handle.process, grace_s=0 if handle.is_forced else ground.grace_s)
     # A status that somebody else reaped is unknown: a failure, as it cannot be called a success.
     status = 255 if result.status is None else result.status
     error_text = start_error = None

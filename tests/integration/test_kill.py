@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from typing import Any
 
@@ -69,6 +70,33 @@ async def test_a_kill_ends_the_whole_tree_and_the_node_is_used_again(
         print(f"\nkill, commit to process gone, grace 1 s: {times}")
     assert latencies["family"] < 1
     assert max(latencies.values()) < 4
+
+
+CLEANS_UP = """
+import signal, time
+def clean(*_):
+    time.sleep(0.3)
+    open("cleaned", "w").close()
+    raise SystemExit
+signal.signal(signal.SIGTERM, clean)
+open("ready", "w").close()
+signal.pause()
+"""
+
+
+async def test_a_child_may_clean_up_within_the_grace_though_its_parent_has_gone(
+    ens: Ensemble,
+) -> None:
+    launched = ens.launch("--persistent", nodes=1, LAUNCHER_GRACE_S=10)
+    (task_id,) = await ens.store.add([sh(f"{sys.executable} -c '{CLEANS_UP}' & wait")])
+    await ens.reach(State.RUNNING, task_id)
+    folder = ens.workdir(await ens.task(task_id))
+    await ens.eventually((folder / "ready").exists)
+    await ens.store.kill([task_id])
+    await ens.gone(task_id)
+    assert (folder / "cleaned").exists()
+    launched.signal(signal.SIGTERM)
+    assert await ens.leave(launched) == 0
 
 
 async def test_killed_before_the_start_it_never_runs_and_its_children_fail(ens: Ensemble) -> None:
