@@ -42,7 +42,17 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse_usage(error)
     except Exception as error:  # the last resort: whatever it is, the user gets one line
         return _report(error, session.is_debug)
+    finally:
+        _let_go_of_errors()
     return status
+
+
+def _let_go_of_errors() -> None:
+    """Lead standard error to nowhere if nobody reads it: for what is left in it Python exits with 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _open_closed_streams() -> None:

@@ -271,7 +271,7 @@ async def test_a_second_signal_ends_the_wait_for_a_database_that_is_away(ens: En
 
 
 async def test_results_are_kept_while_the_database_cannot_write(ens: Ensemble) -> None:
-    ids = await ens.store.add([sh(f"sleep 0.{n}") for n in range(1, 7)])
+    ids = await ens.store.add([sh(f"sleep 0.{n}") for n in range(4, 10)])
     launched = ens.launch("--idle-timeout=0", nodes=4)
     await ens.reach(State.RUNNING, *ids[:3])
     user = await connect(ens.site.address(), name="test set-up")
