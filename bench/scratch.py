@@ -16,9 +16,6 @@ from pathlib import Path
 from ensemble.core.store import Store
 from ensemble.site import Site, create
 
-#: No start of an MPI launch depends on these, so they are left out of every measured environment.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 
 @contextlib.asynccontextmanager
 async def scratch_site() -> AsyncIterator[Site]:

@@ -131,7 +131,7 @@ def _policy(
     left_s: float | None,
 ) -> Policy:
     return Policy(
-        deadline=None if left_s is None else runtime.monotonic_s() + left_s,
+        deadline=None if left_s is None else runtime.boottime_s() + left_s,
         min_useful_s=settings.min_useful_s,
         idle_timeout_s=settings.idle_timeout_s
         if options.idle_timeout_s is None
@@ -203,6 +203,6 @@ class _Turnstile:
 
     async def admit(self) -> None:
         if self._gap_s:
-            now = runtime.monotonic_s()
+            now = runtime.boottime_s()
             self._next = max(self._next + self._gap_s, now)
             await asyncio.sleep(self._next - now)

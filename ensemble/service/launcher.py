@@ -111,7 +111,7 @@ class Launcher:
         #: What bounds the wait for the last answers, once nothing runs any more.
         self._patience: asyncio.Timeout | None = None
         self._trusted_until = math.inf
-        now = runtime.monotonic_s()
+        now = runtime.boottime_s()
         self._dispatcher = Dispatcher(nodes, policy, now=now)
         self._tally = Tally(nodes=len(nodes), now=now)
 
@@ -160,7 +160,7 @@ class Launcher:
         """Take events and perform effects until the dispatcher says to leave."""
         while True:
             event = await self._events.get()
-            self._tally.pass_time(runtime.monotonic_s(), self._dispatcher.busy_nodes)
+            self._tally.pass_time(runtime.boottime_s(), self._dispatcher.busy_nodes)
             effects = self._dispatcher.handle(event)
             self._log.debug("event.handled", what=event, effects=effects)
             for effect in effects:
@@ -275,7 +275,7 @@ class Launcher:
         shown = 0
         while True:
             await asyncio.sleep(TICK_S)
-            self._post(Ticked(now=runtime.monotonic_s()))
+            self._post(Ticked(now=runtime.boottime_s()))
             if runtime.boottime_s() > self._trusted_until and not self._dispatcher.is_leaving:
                 # Others may take our tasks soon: end them now, while nobody can have started them.
                 self._log.error("lease.not_trusted")
@@ -372,7 +372,7 @@ class Launcher:
             await asyncio.sleep(_TELL_S)
 
     def _on_signal(self, name: str) -> None:
-        now = runtime.monotonic_s()
+        now = runtime.boottime_s()
         if now - self._last_signal >= _SAME_SIGNAL_S:
             self._last_signal = now
             self._post(DrainAsked(reason=f"received {name}"))
@@ -388,7 +388,7 @@ class Launcher:
         """
         patience_s = 5.0 if leave.is_lost else None
         if patience_s is None and self._policy.deadline is not None:
-            left_s = self._policy.deadline - runtime.monotonic_s()
+            left_s = self._policy.deadline - runtime.boottime_s()
             patience_s = max(left_s + self._settings.margin_s / 2, 10.0)
         try:
             async with asyncio.timeout(patience_s) as self._patience:

@@ -41,10 +41,8 @@ def epoch_s() -> float:
 
 
 def boottime_s() -> float:
-    """Return seconds since boot, which also count while the machine or this process sleeps."""
+    """Return the clock that decisions go by: seconds since boot.
+
+    It never jumps, and also counts while the machine or this process sleeps.
+    """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def monotonic_s() -> float:
-    """Return the clock that decisions go by: also counts while suspended, never jumps."""
-    return boottime_s()
