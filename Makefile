@@ -10,7 +10,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types arch fmt bench docs clean
+.PHONY: help demo test check lint types arch fmt bench cluster docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ fmt: $(DEV_STAMP) ## format the code, fix what can be fixed
 
 bench: $(DEV_STAMP) ## measure speed on this machine (minutes)
 	$(BIN)/python -m bench
+
+cluster: $(DEV_STAMP) ## open a shell with a private Slurm of four nodes to play with
+	@$(BIN)/python tests/slurm/cluster.py
 
 docs: $(DEV_STAMP) ## write the generated parts of docs/ again
 	$(BIN)/python tests/unit/test_docs.py

@@ -20,6 +20,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal, cast
 
 from ensemble.core.listener import EVENT, KILL, Listener
 from ensemble.core.model import (
@@ -29,6 +30,7 @@ from ensemble.core.model import (
     Launcher,
     NewApp,
     NewTask,
+    Output,
     Problem,
     Selector,
     Task,
@@ -40,6 +42,8 @@ from ensemble.core.store import Store
 from ensemble.errors import NotFoundError, UsageError
 from ensemble.site import TASK, USER, Site
 
+#: `Output` as a plain word.
+OutputName = Literal["file", "tail", "none"]
 #: How long a watcher believes in silence: a lost ring costs so much, no more.
 _LOOK_AGAIN_S = 2.0
 
@@ -163,6 +167,7 @@ class Apps:
         env_script: str | None = None,
         preprocess: str | None = None,
         postprocess: str | None = None,
+        output: Output | OutputName = Output.FILE,
         replace: bool = False,
     ) -> App:
         """Register how to run something; see `NewApp` for the fields.
@@ -178,6 +183,7 @@ class Apps:
             env_script=env_script,
             preprocess=preprocess,
             postprocess=postprocess,
+            output=cast(Output, output),  # what is none, the store's check refuses
         )
         return await self._store.add_app(new, replace=replace)
 
@@ -207,7 +213,11 @@ class Tasks:
         Raises:
             UsageError: One is malformed; nothing was added.
         """
-        return await self._store.add([tasks] if isinstance(tasks, NewTask) else tasks, key=key)
+        return await self._store.add(
+            [tasks] if isinstance(tasks, NewTask) else tasks,
+            key=key,
+            layout=self._site.settings.workdirs,
+        )
 
     async def get(self, task_id: int) -> Task:
         """Return one task.
@@ -239,7 +249,10 @@ class Tasks:
         return str(self._site.path / task.workdir)
 
     def output(self, task: Task) -> str:
-        """Return the file that a task's output goes to."""
+        """Return the file that a task's output goes to, of a task whose output is `file`.
+
+        Of one whose output is `tail`, the end is in its attempts: `detail(task.id)`.
+        """
         return str(self._site.path / task.workdir / f"{task.name}.out")
 
     async def kill(self, ids: int | Sequence[int], *, reason: str | None = None) -> dict[int, bool]:

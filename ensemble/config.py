@@ -68,6 +68,12 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_launches: Annotated[int, msgspec.Meta(ge=1)] = 1000
     #: MPI launches started per second; None is no limit.
     launches_per_s: Period | None = None
+    #: Whether tasks that share a node are bound to the cores they were given.
+    pin_cpus: bool = True
+    #: How long pilots may take to join their launcher.
+    pilot_join_s: Period = 120.0
+    #: How long a pilot and its launcher wait for a word of each other; then the node's tasks are ended.
+    pilot_patience_s: Period = 60.0
     #: How much of a failed task's output is kept in the store.
     error_tail_lines: Annotated[int, msgspec.Meta(ge=0)] = 20
 
@@ -90,11 +96,17 @@ class MpiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     wrap_single_rank: bool = False
 
 
+Workdirs = Literal["sharded", "flat"]
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set for a site."""
 
     #: The site's name: in job names and logs.
     name: str = "site"
+    #: How the work directories of new tasks are arranged below `data/`: `sharded`, a thousand to a
+    #: directory (`data/12/NAME_12345`), or `flat`, all in one (`data/NAME_12345`).
+    workdirs: Workdirs = "sharded"
     store: StoreSettings = msgspec.field(default_factory=StoreSettings)
     launcher: LauncherSettings = msgspec.field(default_factory=LauncherSettings)
     mpi: MpiSettings = msgspec.field(default_factory=MpiSettings)
@@ -195,8 +207,11 @@ def _explain(message: str) -> str:
     """Turn msgspec's message into one that names the key and, for a typo, the likely one."""
     unknown = re.search(r"unknown field `(.*?)`(?: - at `\$\.?([\w.]*)`)?$", message)
     if unknown is None:
-        if message.startswith("Invalid enum value"):  # there is but one
-            message += f"; known: {', '.join(get_args(MpiFlavor))}"
+        if message.startswith("Invalid enum value"):
+            words = get_args(
+                Workdirs if "$.workdirs" in message else MpiFlavor
+            )  # the two there are
+            message += f"; known: {', '.join(words)}"
         return message.replace("$.", "")
     key, section = unknown[1], unknown[2] or ""
     known = _SECTIONS.get(section, Settings)

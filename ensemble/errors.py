@@ -65,3 +65,7 @@ class AllocationError(EnsembleError):
 
 class LaunchError(EnsembleError):
     """A program could not be started."""
+
+
+class WireError(EnsembleError):
+    """A pilot or a launcher said what the other end cannot understand."""

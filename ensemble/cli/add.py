@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
-from ensemble.cli.options import as_json, examples, read_ids, read_object, read_pairs
+from ensemble.cli.options import OUTPUT, as_json, examples, read_ids, read_object, read_pairs
 from ensemble.cli.session import Session
-from ensemble.errors import UsageError
+from ensemble.errors import EnsembleError, UsageError
 
 if TYPE_CHECKING:
     from ensemble.api import Client
     from ensemble.cli.records import Record
+    from ensemble.core.model import NewTask
 
 F = TypeVar("F", bound=Callable[..., Any])
 _INT = click.INT
@@ -85,6 +86,12 @@ _FIELDS = (
         help="A word for the MPI launcher, as --mpi-flag=--oversubscribe; may be repeated.",
     ),
     click.option("--cpu-affinity", metavar="TEXT", help="How ranks are bound: none, depth, …"),
+    click.option(
+        "--output",
+        type=OUTPUT,
+        help="What becomes of its output: NAME.out in the work directory, the last 16 kB in the "
+        "database and no file, or nothing. [default: the app's way, else file]",
+    ),
     click.option(
         "--max-retries",
         type=_INT,
@@ -183,8 +190,10 @@ def add(
     fields |= _words(fields, args, is_template=bool(source or fields.get("params")))
     records = _records(source, form, fields)
     name = None if source is None else _describe(source)
-    ids = session.run(lambda client: _add(client, records, name, key))
-    for warning in dict.fromkeys(w for record in records for w in warnings(record.task)):
+    ids, most_gpus = session.run(lambda client: _add(client, records, name, key))
+    found = [w for record in records for w in warnings(record.task)]
+    found += [w for record in records if (w := _warn_of_gpus(record.task, most_gpus))]
+    for warning in dict.fromkeys(found):
         click.echo(f"warning: {warning}", err=True)
     if as_json:
         document.write(ids)
@@ -230,14 +239,32 @@ def _describe(source: BinaryIO) -> str:
 
 async def _add(
     client: Client, records: Sequence[Record], source: str | None, key: str | None
-) -> list[int]:
+) -> tuple[list[int], int | None]:
+    """Return the ids, and the most GPUs that a node had lately, if that is known and matters."""
     try:
-        return await client.tasks.add([record.task for record in records], key=key)
+        ids = await client.tasks.add([record.task for record in records], key=key)
     except UsageError as error:
         if source is None:
             raise
         reason = await _find_reason(client, records, error)
         raise UsageError(f"{source}{reason}; nothing was added") from error
+    if not any(record.task.gpus_per_rank for record in records):
+        return ids, None
+    try:
+        return ids, await client.store.most_gpus()
+    except EnsembleError:  # they are added: no hint is worth calling that a failure
+        return ids, None
+
+
+def _warn_of_gpus(new: NewTask, most_gpus: int | None) -> str | None:
+    """Return a warning when a task asks for more GPUs than a node has, as far as launchers have told."""
+    gpus = new.gpus_per_rank * new.ranks_per_node
+    if most_gpus is None or gpus <= most_gpus:
+        return None
+    return (
+        f"GPUs per node: {gpus} asked for, and no launcher of the last 30 days told of a node "
+        f"with more than {most_gpus}"
+    )
 
 
 async def _find_reason(client: Client, records: Sequence[Record], error: UsageError) -> str:

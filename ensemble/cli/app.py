@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from ensemble.cli.options import as_json, examples, read_pairs
+from ensemble.cli.options import OUTPUT, as_json, examples, read_pairs
 from ensemble.cli.session import Session
+
+if TYPE_CHECKING:
+    from ensemble.api import OutputName
 
 
 @click.group()
@@ -38,6 +43,14 @@ def app() -> None:
     metavar="FILE",
     help="A bash script, sourced once per node, that leaves the tasks' environment (modules, …).",
 )
+@click.option(
+    "--output",
+    type=OUTPUT,
+    default="file",
+    show_default=True,
+    help="What becomes of its tasks' output: NAME.out in the work directory, the last 16 kB in the "
+    "database and no file, or nothing.",
+)
 @click.option("--preprocess", metavar="FILE", help="Not in this release.")
 @click.option("--postprocess", metavar="FILE", help="Not in this release.")
 @click.option(
@@ -51,6 +64,7 @@ def add(
     description: str,
     environ: dict[str, str],
     env_script: str | None,
+    output: OutputName,
     preprocess: str | None,
     postprocess: str | None,
     replace: bool,
@@ -63,6 +77,7 @@ def add(
             description=description,
             environ=environ,
             env_script=env_script,
+            output=output,
             preprocess=preprocess,
             postprocess=postprocess,
             replace=replace,

@@ -10,7 +10,7 @@ import click
 
 from ensemble.cli.options import Amount, examples
 from ensemble.cli.session import Session
-from ensemble.core.submission import LARGEST_MACHINE
+from ensemble.core.submission import LARGEST_MACHINE, LARGEST_PACKING
 from ensemble.errors import LaunchError, UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     type=click.Choice(["mpi", "serial"]),
     default="mpi",
     show_default=True,
-    help="mpi: one MPI launch per task, on whole nodes; any program, MPI or not.",
+    help="mpi: one MPI launch per task, on whole nodes; any program, MPI or not. "
+    "serial: one MPI launch of pilots, one per node; single-node tasks share nodes.",
 )
 @click.option(
     "--wf-filter", metavar="TEXT", help="Take only workflows whose name contains TEXT. [all]"
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
     help="Use N nodes of the allocation, or make N virtual ones on this machine. [default: all]",
 )
 @click.option(
+    "--slots-per-node",
+    type=click.IntRange(min=1, max=LARGEST_PACKING),
+    metavar="N",
+    default=1,
+    help="Let at least N tasks share a node, whatever their node_packing_count (serial mode).",
+)
+@click.option(
     "--idle-timeout",
     type=Amount(may_be_zero=True),
     metavar="SECONDS",
@@ -60,6 +68,7 @@ def launch(
     wf_filter: str | None,
     time_limit_minutes: float | None,
     nodes: int | None,
+    slots_per_node: int,
     idle_timeout: float | None,
     persistent: bool,
     debug: bool,
@@ -69,16 +78,22 @@ def launch(
     Takes tasks, largest first, until none is left that it could run or the time is over. TERM, INT,
     HUP, USR1 and USR2 end it in good order: what runs is stopped and may run again.
     """
-    if job_mode != "mpi":
-        raise UsageError("--job-mode serial: this release runs mpi mode only (--job-mode mpi)")
+    from ensemble.core.model import JobMode
     from ensemble.service.options import LaunchOptions
+
+    if slots_per_node > 1 and job_mode != JobMode.SERIAL:
+        raise UsageError(
+            "--slots-per-node: only tasks in serial mode share nodes (--job-mode serial)"
+        )
 
     # The guard starts this command again with its own --debug, not with the one of `ensemble`.
     session.is_debug = session.is_debug or debug
     options = LaunchOptions(
+        job_mode=JobMode(job_mode),
         wf_filter=wf_filter,
         time_limit_minutes=time_limit_minutes,
         nodes=nodes,
+        slots_per_node=slots_per_node,
         idle_timeout_s=idle_timeout,
         is_persistent=persistent,
         debug=session.is_debug,
@@ -100,7 +115,7 @@ def release_lease(session: Session, lease_id: int) -> None:
         from ensemble.core.leases import Reaping
 
         reaping = Reaping(client.store.pool)
-        await reaping.close(lease_id, state="RELEASED", evidence="released by its guard")
+        await reaping.bury(lease_id, state="RELEASED", evidence="released by its guard")
         await reaping.release()
         await client.store.ring()
 
@@ -114,6 +129,7 @@ def launch_argv(site: str, options: LaunchOptions) -> list[str]:
         ("--wf-filter", options.wf_filter),
         ("--time-limit-minutes", options.time_limit_minutes),
         ("--nodes", options.nodes),
+        ("--slots-per-node", options.slots_per_node if options.slots_per_node > 1 else None),
         ("--idle-timeout", options.idle_timeout_s),
     ):
         if value is not None:

@@ -53,6 +53,10 @@ def examples(*lines: str) -> str:
     return "\n".join(("\b", title, *(f"  {line}" for line in lines)))
 
 
+#: What becomes of a task's output.
+OUTPUT = click.Choice(("file", "tail", "none"))
+
+
 def as_json(function: F) -> F:
     """Add `--json`."""
     add = click.option(

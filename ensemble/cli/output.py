@@ -6,18 +6,19 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, assert_never
 
 import click
 
 from ensemble.cli.options import TaskId, examples
 from ensemble.cli.session import Session
+from ensemble.core.model import Output
 from ensemble.core.states import FINAL
 from ensemble.errors import NotFoundError
 
 if TYPE_CHECKING:
     from ensemble.api import Client
-    from ensemble.core.model import Task
+    from ensemble.core.model import Attempt, Task
 
 #: How often a followed file is looked at: there is no bell for what a program writes.
 _LOOK_S = 0.2
@@ -37,20 +38,60 @@ _CHUNK = 1 << 20
 def log(session: Session, task_id: int, follow: bool, attempt: int | None) -> None:
     """Print a task's output.
 
-    It is what the program wrote to standard output and error.
+    It is what the program wrote to standard output and error. Of a task whose output is `tail`, the
+    end of it is there when the run has ended.
     """
     if follow and attempt is not None:
         raise click.UsageError("-f follows the last attempt: leave out --attempt")
 
     async def read(client: Client) -> None:
         task = await client.tasks.get(task_id)
-        tail = Tail(await _output_file(client, task, attempt), sys.stdout.buffer)
-        if follow:
-            await _follow(client, task, tail)
-        elif not tail.copy():
-            raise _no_output(task, attempt)
+        match task.output:
+            case Output.FILE:
+                await _print_file(client, task, attempt, follow=follow)
+            case Output.TAIL:
+                await _print_kept(client, task, attempt, follow=follow)
+            case Output.NONE:
+                raise NotFoundError(f"task {task_id} keeps no output (output = none)")
+            case _:
+                assert_never(task.output)
 
     session.run(read)
+
+
+async def _print_file(client: Client, task: Task, attempt: int | None, *, follow: bool) -> None:
+    tail = Tail(await _output_file(client, task, attempt), sys.stdout.buffer)
+    if follow:
+        await _follow(client, task, tail)
+    elif not tail.copy():
+        raise _no_output(task, attempt)
+
+
+async def _print_kept(client: Client, task: Task, attempt: int | None, *, follow: bool) -> None:
+    """Print what the store keeps of an output: its end, once the run is over."""
+    if follow and task.state not in FINAL:
+        click.echo(f"task {task.id} keeps only the end of its output: waiting for it", err=True)
+    if follow:
+        await client.tasks.wait([task.id])
+    found = await client.tasks.detail(task.id)
+    started = [each for each in found.attempts if each.started_at is not None]
+    wanted = [each for each in started if attempt in (None, each.attempt)]
+    if not wanted or wanted[-1].output is None:
+        raise _nothing_kept(found.task, attempt, wanted[-1] if wanted else None)
+    click.echo(
+        f"task {task.id} keeps only the end of its output, 16 kB at most (output = tail)", err=True
+    )
+    sys.stdout.buffer.write(wanted[-1].output.encode())
+    sys.stdout.buffer.flush()
+
+
+def _nothing_kept(task: Task, attempt: int | None, run: Attempt | None) -> NotFoundError:
+    if run is None or run.ended_at is not None:
+        return _no_output(task, attempt)
+    return NotFoundError(
+        f"task {task.id} is {task.state}: the end of its output is kept when it ends "
+        "(-f waits for that)"
+    )
 
 
 @click.command("dir", epilog=examples('cd "$(ensemble dir 12)"'))

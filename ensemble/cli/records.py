@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ensemble.core.model import NewTask
+from ensemble.core.model import NewTask, Output
 from ensemble.errors import UsageError
 
 Format = Literal["csv", "jsonl"]
@@ -232,5 +232,7 @@ def _explain(message: str) -> str:
     """Turn `Expected `int`, got `str` - at `$.num_nodes`` into `num_nodes: expected int, got str`."""
     what, _, where = message.replace("`", "").partition(" - at ")
     what = what[:1].lower() + what[1:]
+    if what.startswith("invalid enum value"):  # there is but one
+        what += f"; use {', '.join(Output)}"
     field = where.removeprefix("$").removeprefix(".")
     return f"{field}: {what}" if field else what

@@ -13,12 +13,12 @@ from ensemble.cli.options import Amount, TaskId, as_json, examples
 from ensemble.cli.selection import Selection, filters, resolve
 from ensemble.cli.session import Session, now
 from ensemble.core.model import Selector
-from ensemble.core.states import RETRYABLE, State
+from ensemble.core.states import RETRYABLE, RUNNABLE, State
 from ensemble.errors import EnsembleError
 
 if TYPE_CHECKING:
     from ensemble.api import Client
-    from ensemble.core.model import Task
+    from ensemble.core.model import Task, TaskDetail
 
 _KINDS = ("tasks", "apps", "workflows", "launchers")
 #: How often the progress line is written.
@@ -128,13 +128,24 @@ def show(session: Session, task_id: int, as_json: bool) -> None:
     async def look(client: Client) -> None:
         found = await client.tasks.detail(task_id)
         folder = client.tasks.workdir(found.task)
+        waits = await _why_waiting(client, found)
         if as_json:
             output = client.tasks.output(found.task)
-            document.write(document.detail(found, now(), folder=folder, output=output))
+            document.write(document.detail(found, now(), folder=folder, output=output, waits=waits))
         else:
-            screen.show(found, now(), folder=folder)
+            screen.show(found, now(), folder=folder, waits=waits)
 
     session.run(look)
+
+
+async def _why_waiting(client: Client, found: TaskDetail) -> str | None:
+    """Say why no launcher has taken a runnable task, where that can be told."""
+    from ensemble.render import waiting
+
+    if found.task.is_held or found.task.state not in RUNNABLE:
+        return None
+    most_gpus = await client.store.most_gpus() if found.spec.get("gpus_per_rank") else None
+    return waiting.explain(found, await client.launchers(), most_gpus)
 
 
 @click.command(epilog=examples("ensemble wait 12", "ensemble wait --workflow screen --timeout 600"))

@@ -4,8 +4,9 @@
 (service/launcher.py) does it; what comes of an effect is the next event:
 
     Ask        -> Claimed | ClaimFailed
-    Launch     -> Started, then Ended | CouldNotStart | Skipped
+    Launch     -> Started, then Ended | CouldNotStart | Skipped; or PilotLost
     Terminate  -> the Ended (or Skipped) of that task
+    Recall     -> Skipped, for those that had not started
     AskProspect-> ProspectTold
     AskHeld    -> Reconciled
     RecordStart, RecordEnd, MarkTimedOut, MarkDrained, Leave -> nothing
@@ -16,12 +17,10 @@ nodes free and its hold reported for release. Time is what the last Ticked said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
-from ensemble.core.ahead import Ahead
 from ensemble.core.events import (
     Ask,
     AskHeld,
@@ -40,7 +39,11 @@ from ensemble.core.events import (
     MarkDrained,
     MarkTimedOut,
     Pair,
+    PilotJoined,
+    PilotLost,
+    PilotSilent,
     ProspectTold,
+    Recall,
     Reconciled,
     RecordEnd,
     RecordStart,
@@ -50,9 +53,19 @@ from ensemble.core.events import (
     Ticked,
     WorkRang,
 )
-from ensemble.core.model import Claim, End, Node, Outcome, Room, Start
-from ensemble.core.packing import NodeBook
-from ensemble.core.runs import Ending, Run, end_of, explained, failed_start, may_be_schedulers
+from ensemble.core.model import Claim, End, Outcome, Room, SlotRoom, Start
+from ensemble.core.packing import SlotBook
+from ensemble.core.plan import Plan
+from ensemble.core.runs import (
+    Ending,
+    Run,
+    end_of,
+    explained,
+    failed_start,
+    lost_with_node,
+    may_be_schedulers,
+)
+from ensemble.core.shares import Shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +94,13 @@ class HeldBack:
 class Dispatcher:
     """Decides for one launcher which tasks run where, and when it leaves."""
 
-    def __init__(self, nodes: Sequence[Node], policy: Policy, *, now: float) -> None:
-        self._book = NodeBook(nodes)
+    def __init__(self, plan: Plan, policy: Policy, *, now: float) -> None:
+        self._plan = plan
         self._policy = policy
         self._now = now
         self._runs: dict[int, Run] = {}
-        self._ahead = Ahead(len(nodes))
         self._held_back: list[HeldBack] = []
         self._is_claiming = False
-        self._asked_nodes = 0
         #: Something changed since we asked: an empty answer is not the last word.
         self._ask_again = False
         #: Killed while the store's answer was on its way: may be in it.
@@ -109,7 +120,7 @@ class Dispatcher:
         """The attempts that we hold: running, claimed ahead, or ended and held back."""
         runs = [(run.claim.id, run.claim.attempt) for run in self._runs.values()]
         ended = [(held.end.id, held.end.attempt) for held in self._held_back]
-        return self._ahead.pairs.union(runs, ended)
+        return self._plan.kept.union(runs, ended)
 
     @property
     def running(self) -> int:
@@ -117,20 +128,35 @@ class Dispatcher:
         return len(self._runs)
 
     @property
-    def busy_nodes(self) -> int:
-        """How many nodes have a task."""
-        return self._book.total - self._book.free
+    def busy_nodes(self) -> float:
+        """How many nodes' worth is taken."""
+        return self._plan.busy
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes there are, now."""
+        return self._plan.total
+
+    @property
+    def whole(self) -> Room | SlotRoom:
+        """The room there is when nothing runs, for the time that is left."""
+        left_s = self._left_s()
+        return self._plan.whole(None if left_s is None else max(left_s, 0.0))
 
     @property
     def is_leaving(self) -> bool:
         """Whether no task will be started any more."""
         return self._leaving is not None
 
-    def handle(self, event: Event) -> list[Effect]:  # noqa: C901, PLR0912 - a line an event
+    def handle(self, event: Event) -> list[Effect]:  # noqa: C901, PLR0912, PLR0915 - a line an event
         """Take in one event; return what to do, in order."""
         if self._is_gone:
             return []
         match event:
+            case Ended():
+                effects = self._ended(event)
+            case Started():
+                effects = self._started(event)
             case Claimed():
                 effects = self._claimed(event)
             case ClaimFailed():
@@ -140,14 +166,12 @@ class Dispatcher:
             case WorkRang():
                 self._ask_again = self._is_claiming
                 effects = self._refill()
-            case Started():
-                effects = self._started(event)
             case CouldNotStart():
                 effects = self._could_not_start(event)
             case Skipped():
                 effects = self._skipped(event)
-            case Ended():
-                effects = self._ended(event)
+            case PilotJoined() | PilotSilent() | PilotLost():
+                effects = self._pilot(event)
             case KillAsked():
                 effects = self._kill(event.pairs)
             case Ticked():
@@ -166,44 +190,34 @@ class Dispatcher:
 
     def validate(self) -> None:
         """Raise AssertionError unless the invariants hold."""
-        self._book.validate()
-        placed = sum(len(run.placement.nodes) for run in self._runs.values())
-        assert placed == self.busy_nodes, "runs and node book differ"
+        self._plan.validate(self._runs.keys())
         assert all(run.claim.id == task_id for task_id, run in self._runs.items())
-        assert not (self._ahead and self._book.free), "a node is free and a task waits for one"
-        held = [*self._runs, *(task_id for task_id, _ in self._ahead.pairs)]
+        held = [*self._runs, *(task_id for task_id, _ in self._plan.kept)]
         assert len(held) == len(set(held)), "a task is held twice"
         assert not (self._is_gone and held), "left with tasks"
 
     # ------------------------------------------------------------------ taking work
 
     def _refill(self) -> list[Effect]:
-        """Start what was claimed ahead, and ask for work for free nodes, one question at a time."""
+        """Start what was kept, and ask for work for what is free, one question at a time."""
         if self.is_leaving:
             return []
         if not self._has_time():
-            return self._give_back_ahead()
+            return self._give_back(*self._plan.clear())
         effects: list[Effect] = []
-        while self._ahead and self._book.free:
-            effects += self._place(self._ahead.pop())
-        wanted = self._ahead.wanted()
+        while (found := self._plan.pop()) is not None:
+            claim, placement = found
+            effects += self._launch(Run(claim=claim, placement=placement))
         if self._is_claiming:
             # A task that was too wide for what we asked for may fit now.
-            self._ask_again = self._ask_again or self._book.free > self._asked_nodes
+            self._ask_again = self._ask_again or self._plan.is_roomier()
             return effects
-        if not (self._book.free or len(self._ahead) < wanted / 2):
+        room = self._plan.room(self._left_s())
+        if room is None:
             return effects
         self._is_claiming = True
-        self._asked_nodes = self._book.free
         self._ask_again = False
         self._last_ask = self._now
-        ahead = max(wanted - len(self._ahead), 0)
-        room = Room(
-            nodes=self._book.free,
-            left_s=self._left_s(),
-            max_tasks=self._book.free + ahead,
-            ahead=ahead,
-        )
         return [*effects, Ask(room)]
 
     def _claimed(self, event: Claimed) -> list[Effect]:
@@ -224,16 +238,19 @@ class Dispatcher:
         return [*effects, *self._consider_leaving()]
 
     def _place(self, claim: Claim) -> list[Effect]:
-        """Launch a claimed task on free nodes; without them keep it for later, or give it back."""
-        placement = None if self.is_leaving else self._book.claim(claim.id, claim.num_nodes)
-        if placement is not None:
-            self._runs[claim.id] = Run(claim=claim, placement=placement)
-            self._idle_since = None
-            return [Launch(claim, placement)]
-        if claim.num_nodes == 1 and not self.is_leaving and claim.id not in self._runs:
-            self._ahead.add(claim)
-            return []
+        """Launch a claimed task where there is room; else keep it for later, or give it back."""
+        if not self.is_leaving and claim.id not in self._runs:
+            placement = self._plan.place(claim)
+            if placement is not None:
+                return self._launch(Run(claim=claim, placement=placement))
+            if self._plan.keep(claim):
+                return []
         return self._give_back(claim)
+
+    def _launch(self, run: Run) -> list[Effect]:
+        self._runs[run.claim.id] = run
+        self._idle_since = None
+        return [Launch(run.claim, run.placement)]
 
     def _give_back(self, *claims: Claim, at: datetime | None = None) -> list[Effect]:
         """Report claims that were never started; without the lease there is nothing to give back."""
@@ -244,8 +261,38 @@ class Dispatcher:
             for claim in claims
         ]
 
-    def _give_back_ahead(self) -> list[Effect]:
-        return self._give_back(*self._ahead.clear())
+    # ------------------------------------------------------------------ nodes that come and go
+
+    def _pilot(self, event: PilotJoined | PilotSilent | PilotLost) -> list[Effect]:
+        assert isinstance(self._plan, Shares)
+        match event:
+            case PilotSilent():
+                self._plan.suspend(event.node)
+                return []
+            case PilotLost():
+                return self._lose_tasks(self._plan.remove(event.node), event)
+            case PilotJoined():
+                self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
+        if self._idle_since is not None:
+            self._idle_since = self._now
+        self._ask_again = self._is_claiming
+        return self._refill()
+
+    def _lose_tasks(self, task_ids: list[int], event: PilotLost) -> list[Effect]:
+        """Report what was on a lost node; in a batch job that ends, pilots are lost before we hear of it."""
+        effects: list[Effect] = []
+        for task_id in task_ids:
+            run = self._runs.pop(task_id)
+            end = lost_with_node(run, event.at, event.reason)
+            if run.ending is Ending.LOST:
+                continue
+            if run.ending is None and self._policy.signal_hold_s > 0 and not self.is_leaving:
+                self._held_back.append(HeldBack(end=end))
+            else:
+                effects.append(RecordEnd(end))
+        if not self._runs and self._idle_since is None:
+            self._idle_since = self._now
+        return [*effects, *self._refill()]
 
     # ------------------------------------------------------------------ a task's life
 
@@ -254,6 +301,7 @@ class Dispatcher:
         if run is None:
             return []
         run.started_at = event.at
+        self._plan.started(event.id)
         if run.ending is Ending.LOST:
             return []
         start = Start(id=event.id, attempt=event.attempt, at=event.at, nodes=run.placement.names)
@@ -276,10 +324,13 @@ class Dispatcher:
         if run is None or run.ending is Ending.LOST:
             return self._refill()
         if event.start_error is not None and run.ending is None:
-            end = failed_start(run, event.at, event.start_error, event.status)
+            end = failed_start(
+                run, event.at, event.start_error, status=event.status, output=event.output
+            )
             return [RecordEnd(end), *self._refill()]
-        if run.claim.num_nodes == 1 and run.started_at is not None:
-            self._ahead.learn((event.at - run.started_at).total_seconds())
+        run.started_at = event.started_at or run.started_at
+        if run.started_at is not None:
+            self._plan.learn(run.claim, (event.at - run.started_at).total_seconds())
         end = end_of(run, event)
         if (
             run.ending is None
@@ -300,8 +351,7 @@ class Dispatcher:
         run = self._run(task_id, attempt)
         if run is not None:
             del self._runs[task_id]
-            self._book.release(task_id)
-            self._ahead.node_freed()
+            self._plan.release(task_id)
             if not self._runs:
                 self._idle_since = self._now
         return run
@@ -309,7 +359,7 @@ class Dispatcher:
     # ------------------------------------------------------------------ ending tasks
 
     def _kill(self, pairs: frozenset[Pair]) -> list[Effect]:
-        effects = self._give_back(*self._ahead.take(pairs))
+        effects = self._give_back(*self._plan.take(pairs))
         if self._is_claiming:
             self._killed_unseen |= pairs
         for task_id, attempt in sorted(pairs):
@@ -340,7 +390,7 @@ class Dispatcher:
         is_second = self.is_leaving
         self._leaving = self._leaving or reason
         effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
-        effects += self._give_back_ahead()
+        effects += self._give_back(*self._plan.clear())
         effects += [RecordEnd(explained(held.end, reason)) for held in self._held_back]
         self._held_back.clear()
         for run in self._runs.values():
@@ -357,7 +407,7 @@ class Dispatcher:
             return []
         self._leaving = reason
         self._held_back.clear()
-        self._ahead.clear()
+        self._plan.clear()
         for run in self._runs.values():
             run.ending = Ending.LOST
         self._is_lost = True
@@ -368,12 +418,18 @@ class Dispatcher:
     def _ticked(self, now: float) -> list[Effect]:
         self._now = now
         effects = [*self._release_held_back(), *self._time_out()]
-        effects += self._give_back(*self._ahead.tick())
+        effects += self._tick_plan()
         if self._is_over() and not self.is_leaving:
             return [*effects, *self._drain("the time of the allocation is over")]
         if now - self._last_ask >= self._policy.poll_s:
             effects += self._refill()
         return [*effects, *self._consider_leaving()]
+
+    def _tick_plan(self) -> list[Effect]:
+        """Give back, or take back from pilots, what has waited too long or will not start any more."""
+        kept, waiting = self._plan.tick(is_closing=self.is_leaving or not self._has_time())
+        effects = self._give_back(*kept)
+        return [*effects, Recall(tuple(waiting))] if waiting else effects
 
     def _release_held_back(self) -> list[Effect]:
         now, all_held = self._now, self._held_back
@@ -410,6 +466,8 @@ class Dispatcher:
     def _is_long_idle(self) -> bool:
         if self._runs or self._is_claiming or self._held_back or self._idle_since is None:
             return False
+        if not self._plan.total:
+            return False  # pilots are on their way
         return self._now - self._idle_since >= self._policy.idle_timeout_s
 
     def _prospect_told(self, *, has_prospect: bool) -> list[Effect]:
@@ -418,8 +476,9 @@ class Dispatcher:
             self._idle_since = self._now
         elif self._is_long_idle() and not self.is_leaving:  # still: work may have come and gone
             # What ended last may have set tasks free after we had asked for work.
-            self._is_last_look = True
-            return self._refill()
+            effects = self._refill()
+            self._is_last_look = self._is_claiming
+            return effects
         return []
 
     def _maybe_leave(self) -> list[Effect]:
@@ -443,7 +502,7 @@ class Dispatcher:
                 end = End(id=task_id, attempt=attempt, outcome=Outcome.GIVEN_BACK)
                 effects.append(RecordEnd(end))
         gone = (event.known & self.known) - event.held
-        self._ahead.take(gone)
+        self._plan.take(gone)
         for task_id, attempt in sorted(gone):
             run = self._run(task_id, attempt)
             if run is not None and run.ending is not Ending.LOST:

@@ -5,36 +5,38 @@ Which effect answers with which event is said in dispatch.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 
-from ensemble.core.model import Claim, End, Placement, Room, Start
+import msgspec
+
+from ensemble.core.model import Claim, End, Node, Placement, Room, SlotRoom, Start
 
 #: A task and its attempt.
 Pair = tuple[int, int]
 
+
+class Value(msgspec.Struct, frozen=True, gc=False):
+    """What passes here thousands of times a second: cheap to make, and no work for the collector."""
+
+
 # ---------------------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claimed:
+class Claimed(Value, frozen=True, kw_only=True):
     """The store handed out these tasks; they are held under our lease."""
 
     claims: tuple[Claim, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimFailed:
+class ClaimFailed(Value, frozen=True):
     """The store could not be asked; what it may have handed out is found by reconciling."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkRang:
+class WorkRang(Value, frozen=True):
     """Somebody says there is new work."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(Value, frozen=True, kw_only=True):
     """A task's process runs."""
 
     id: int
@@ -42,8 +44,7 @@ class Started:
     at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CouldNotStart:
+class CouldNotStart(Value, frozen=True, kw_only=True):
     """A task's process could not be made; nothing of it runs."""
 
     id: int
@@ -52,8 +53,7 @@ class CouldNotStart:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
+class Skipped(Value, frozen=True, kw_only=True):
     """A task was to be ended before its process was made; nothing of it ever ran."""
 
     id: int
@@ -61,8 +61,7 @@ class Skipped:
     at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class Ended(Value, frozen=True, kw_only=True):
     """A task's whole process tree is gone."""
 
     id: int
@@ -76,39 +75,62 @@ class Ended:
     start_error: str | None = None
     #: The last lines of its output, when it did not end well.
     error: str | None = None
+    #: The last 16 kB of its output, when that is kept in the store.
+    output: str | None = None
+    #: When its process was made, where the pilot tells that only now.
+    started_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KillAsked:
+class PilotJoined(Value, frozen=True, kw_only=True):
+    """A node's pilot is there (serial mode)."""
+
+    node: Node
+    #: Hardware threads by core, devices, and memory that tasks may have.
+    cores: tuple[tuple[int, ...], ...]
+    gpus: tuple[str, ...]
+    memory_mb: int | None
+
+
+class PilotSilent(Value, frozen=True, kw_only=True):
+    """A node's pilot cannot be reached; its tasks may still run."""
+
+    node: str
+
+
+class PilotLost(Value, frozen=True, kw_only=True):
+    """Nothing of a node's pilot and its tasks runs any more."""
+
+    node: str
+    at: datetime
+    reason: str
+
+
+class KillAsked(Value, frozen=True, kw_only=True):
     """The kill set: held by us, and somebody moved them away from running."""
 
     pairs: frozenset[Pair]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ticked:
+class Ticked(Value, frozen=True, kw_only=True):
     """Time passed."""
 
     #: Monotonic seconds.
     now: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrainAsked:
+class DrainAsked(Value, frozen=True, kw_only=True):
     """The launcher is to leave; asked a second time, at once."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProspectTold:
+class ProspectTold(Value, frozen=True, kw_only=True):
     """Whether waiting tasks that would fit depend on something that runs somewhere."""
 
     has_prospect: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reconciled:
+class Reconciled(Value, frozen=True, kw_only=True):
     """What the store says we hold, asked when `known` was what we knew of."""
 
     held: frozenset[Pair]
@@ -117,8 +139,7 @@ class Reconciled:
     claims_made: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseLost:
+class LeaseLost(Value, frozen=True, kw_only=True):
     """Others may take our tasks, or have."""
 
     reason: str
@@ -132,6 +153,9 @@ Event = (
     | CouldNotStart
     | Skipped
     | Ended
+    | PilotJoined
+    | PilotSilent
+    | PilotLost
     | KillAsked
     | Ticked
     | DrainAsked
@@ -143,69 +167,65 @@ Event = (
 # ---------------------------------------------------------------------------- effects
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Value, frozen=True):
     """Take tasks that fit *room* from the store."""
 
-    room: Room
+    room: Room | SlotRoom
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(Value, frozen=True):
     """Start a task on these nodes."""
 
     claim: Claim
     placement: Placement
 
 
-@dataclass(frozen=True, slots=True)
-class Terminate:
+class Terminate(Value, frozen=True):
     """End a task's whole process tree; at once when forced, else after TERM and a grace."""
 
     id: int
     is_forced: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RecordStart:
+class Recall(Value, frozen=True):
+    """Take back from pilots what they have not started."""
+
+    pairs: tuple[Pair, ...]
+
+
+class RecordStart(Value, frozen=True):
     """Report a start."""
 
     start: Start
 
 
-@dataclass(frozen=True, slots=True)
-class RecordEnd:
+class RecordEnd(Value, frozen=True):
     """Report an end: the hold is released."""
 
     end: End
 
 
-@dataclass(frozen=True, slots=True)
-class MarkTimedOut:
+class MarkTimedOut(Value, frozen=True):
     """Write RUN_TIMEOUT for tasks past their own limit, before they are ended."""
 
     pairs: tuple[Pair, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MarkDrained:
+class MarkDrained(Value, frozen=True):
     """Write RUN_TIMEOUT for everything that runs, before it is ended."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class AskProspect:
+class AskProspect(Value, frozen=True):
     """Find out whether waiting tasks that fit depend on something that runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class AskHeld:
+class AskHeld(Value, frozen=True):
     """Compare with the store again, soon: a claim that was under way blurred the last answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
+class Leave(Value, frozen=True):
     """Nothing is left to do: close the lease and exit."""
 
     reason: str
@@ -217,6 +237,7 @@ Effect = (
     Ask
     | Launch
     | Terminate
+    | Recall
     | RecordStart
     | RecordEnd
     | MarkTimedOut

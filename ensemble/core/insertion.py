@@ -9,17 +9,19 @@ from ensemble.core import submission
 from ensemble.core.database import queries
 from ensemble.core.model import App, Cause, NewTask
 from ensemble.core.states import State
-from ensemble.core.submission import Resolved
+from ensemble.core.submission import Layout, Resolved
 from ensemble.errors import NotFoundError, UsageError
 
 _LONG_S = 3600.0
+#: What tasks of the same shape have in common.
+_Shape = tuple[int, int | None, int | None, int, int | None]
 _TASK_COLUMNS = (
     "id",
     "workflow_id",
     "app_id",
     "num_nodes",
     "ranks_per_node",
-    "node_packing_count",
+    "shape_id",
     "wall_time_minutes",
     "priority",
     "pending_parents",
@@ -39,13 +41,10 @@ _SPEC_COLUMNS = (
     "params",
     "environ",
     "env_script",
-    "threads_per_rank",
-    "threads_per_core",
-    "gpus_per_rank",
-    "memory_mb",
     "time_limit_minutes",
     "mpi_flags",
     "cpu_affinity",
+    "output",
     "wait_for_parents",
     "data",
     "tags",
@@ -71,10 +70,12 @@ async def insert(
     sequence: Sequence[int],
     names: Sequence[str],
     key: str | None,
+    layout: Layout = "sharded",
 ) -> list[int]:
     """Write one submission; ids rise along *sequence*, so that parents come before children."""
     # Before the transaction: a new workflow's name is locked for a moment, not for the whole COPY.
     workflows = await workflow_ids(connection, {task.new.workflow for task in resolved})
+    shapes = await _shape_ids(connection, {_shape(task.new) for task in resolved})
     async with connection.transaction():
         await connection.execute("SET LOCAL statement_timeout = 0")
         drawn = await connection.fetch(queries()["next_task_ids"], len(resolved))
@@ -101,8 +102,9 @@ async def insert(
             if lost:
                 dead[task_id] = lost[0]
             pending = sum(states.get(p) is not State.JOB_FINISHED for p in parents)
-            tasks.append(_task_row(task, task_id, workflows[task.new.workflow], pending, lost))
-            specs.append(_spec_row(task, task_id))
+            workflow_id, shape_id = workflows[task.new.workflow], shapes[_shape(task.new)]
+            tasks.append(_task_row(task, task_id, workflow_id, shape_id, pending, lost))
+            specs.append(_spec_row(task, task_id, layout))
         await _copy(connection, "task", tasks, _TASK_COLUMNS)
         await _copy(connection, "task_spec", specs, _SPEC_COLUMNS)
         links = [
@@ -133,6 +135,28 @@ async def workflow_ids(connection: Any, names: set[str]) -> dict[str, int]:
     return {row["name"]: row["id"] for row in rows}
 
 
+async def _shape_ids(connection: Any, shapes: set[_Shape]) -> dict[_Shape, int]:
+    """Return the ids of these shapes, made where they are new."""
+    if not shapes:
+        return {}
+    columns = [list(column) for column in zip(*shapes, strict=True)]
+    rows = await connection.fetch(queries()["select_shapes"], *columns)
+    if len(rows) < len(shapes):
+        await connection.execute(queries()["insert_shapes"], *columns)
+        rows = await connection.fetch(queries()["select_shapes"], *columns)
+    return {tuple(row[1:]): row[0] for row in rows}
+
+
+def _shape(new: NewTask) -> _Shape:
+    return (
+        new.node_packing_count,
+        new.threads_per_rank,
+        new.threads_per_core,
+        new.gpus_per_rank,
+        new.memory_mb,
+    )
+
+
 def _edges(
     resolved: Sequence[Resolved], ids: Sequence[int], names: Sequence[str]
 ) -> dict[int, tuple[int, ...]]:
@@ -159,7 +183,12 @@ async def _parent_states(connection: Any, resolved: Sequence[Resolved]) -> dict[
 
 
 def _task_row(
-    task: Resolved, task_id: int, workflow_id: int, pending: int, lost: Sequence[int]
+    task: Resolved,
+    task_id: int,
+    workflow_id: int,
+    shape_id: int,
+    pending: int,
+    lost: Sequence[int],
 ) -> tuple[Any, ...]:
     new = task.new
     state, cause, reason = State.PREPROCESSED, None, None
@@ -173,7 +202,7 @@ def _task_row(
         task.app_id,
         new.num_nodes,
         new.ranks_per_node,
-        new.node_packing_count,
+        shape_id,
         new.wall_time_minutes,
         new.priority,
         pending,
@@ -187,23 +216,20 @@ def _task_row(
     )
 
 
-def _spec_row(task: Resolved, task_id: int) -> tuple[Any, ...]:
+def _spec_row(task: Resolved, task_id: int, layout: Layout) -> tuple[Any, ...]:
     new = task.new
     return (
         task_id,
         task.name,
-        submission.workdir(task_id, task.name),
+        submission.workdir(task_id, task.name, layout),
         task.argv,
         new.params,
         task.environ,
         task.env_script,
-        new.threads_per_rank,
-        new.threads_per_core,
-        new.gpus_per_rank,
-        new.memory_mb,
         new.time_limit_minutes,
         new.mpi_flags,
         new.cpu_affinity,
+        task.output,
         new.wait_for_parents,
         new.data,
         new.tags,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
 import asyncpg
@@ -19,8 +20,11 @@ from ensemble.core.model import (
     End,
     LauncherIdentity,
     NewLauncher,
+    Output,
     Room,
+    SlotRoom,
     Start,
+    Unfit,
     Verdict,
 )
 from ensemble.core.states import State
@@ -29,6 +33,12 @@ from ensemble.errors import LeaseLostError
 Verdicts = dict[tuple[int, int], Verdict]
 #: No time limit, in minutes: PostgreSQL's largest `int`.
 _FOR_EVER = 2**31 - 1
+_VERDICTS = {verdict.value: verdict for verdict in Verdict}
+_OUTPUTS = {output.value: output for output in Output}
+#: How far a fraction is rounded down whose terms PostgreSQL's `bigint` cannot hold.
+_FINEST = 2**62
+#: How many runnable tasks are looked at to tell which are left alone.
+_LEFT_ALONE = 100_000
 
 
 async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -> Lease:
@@ -39,7 +49,7 @@ async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -
     """
     async with wrapped(), pool.acquire() as connection:
         row = await connection.fetchrow(
-            "SELECT * FROM register_launcher($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+            "SELECT * FROM register_launcher($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
             msgspec.to_builtins(new.identity),
             new.version,
             new.job_mode,
@@ -50,6 +60,9 @@ async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -
             new.restart_count,
             None if new.left_s is None else timedelta(seconds=new.left_s),
             timedelta(seconds=ttl_s),
+            new.node_cores,
+            new.node_gpus,
+            timedelta(seconds=new.linger_s),
         )
     assert row is not None
     return Lease(pool, row["lease_id"], row["launcher_id"])
@@ -74,31 +87,50 @@ class Lease:
         if found is None:
             raise LeaseLostError(f"lease {self.id} was closed by a reaper")
 
-    async def claim(self, room: Room, workflows: Sequence[int] | None) -> list[Claim]:
+    async def set_resources(self, cores: int | None, gpus: int | None) -> None:
+        """Put on record what the launcher's largest node has; None is unknown."""
+        async with wrapped():
+            await self._pool.execute(queries()["set_resources"], self.launcher_id, cores, gpus)
+
+    async def claim(self, room: Room | SlotRoom, workflows: Sequence[int] | None) -> list[Claim]:
         """Take the best runnable tasks that fit *room*.
 
         Several launchers may call this at once; none waits for another and no task is handed out
         twice. After a lost answer, what was taken is found by `held`.
 
         Args:
-            room: Free nodes and the time left. Never ask for more than can start now.
+            room: Free nodes, or free parts of nodes (serial mode: tasks of one rank only), and the
+                time left. Never ask for more than can start now or in a moment.
             workflows: Ids of the workflows to take from; all when None.
 
         Raises:
             LeaseLostError: The lease was closed; nothing was taken.
             StoreUnavailableError: The database cannot be reached.
         """
-        minutes = _FOR_EVER if room.left_s is None else min(int(room.left_s // 60), _FOR_EVER)
+        wanted = None if workflows is None else list(workflows)
         async with wrapped():
-            rows = await self._pool.fetch(
-                "SELECT * FROM claim_tasks($1, $2, $3, $4, $5, $6)",
-                self.id,
-                None if workflows is None else list(workflows),
-                room.nodes,
-                minutes,
-                room.ahead,
-                room.max_tasks,
-            )
+            if isinstance(room, SlotRoom):
+                rows = await self._pool.fetch(
+                    "SELECT * FROM claim_serial("
+                    "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+                    self.id,
+                    wanted,
+                    _minutes(room.left_s),
+                    room.ahead,
+                    room.max_tasks,
+                    room.slots_per_node,
+                    *_columns(room),
+                )
+            else:
+                rows = await self._pool.fetch(
+                    "SELECT * FROM claim_tasks($1, $2, $3, $4, $5, $6)",
+                    self.id,
+                    wanted,
+                    room.nodes,
+                    _minutes(room.left_s),
+                    room.ahead,
+                    room.max_tasks,
+                )
         return [_claim(row) for row in rows]
 
     async def start(self, starts: Sequence[Start]) -> Verdicts:
@@ -114,7 +146,7 @@ class Lease:
     async def finish(self, ends: Sequence[End]) -> Verdicts:
         """Report that nothing of these attempts runs any more; closes them and releases the holds."""
         return await self._report(
-            "SELECT * FROM finish_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+            "SELECT * FROM finish_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
             [end.id for end in ends],
             [end.attempt for end in ends],
             [end.outcome for end in ends],
@@ -125,6 +157,7 @@ class Lease:
             [end.cause for end in ends],
             [_storable(end.reason) for end in ends],
             [_storable(end.error) for end in ends],
+            [_storable(end.output) for end in ends],
         )
 
     async def held(self) -> dict[tuple[int, int], State]:
@@ -156,13 +189,52 @@ class Lease:
             )
         return marked
 
-    async def has_prospect(self, workflows: Sequence[int] | None, nodes: int) -> bool:
-        """Tell whether tasks that fit *nodes* wait for something that runs under a live lease."""
+    async def has_prospect(
+        self, workflows: Sequence[int] | None, nodes: int, *, is_serial: bool = False
+    ) -> bool:
+        """Tell whether tasks that fit *nodes* wait for something that runs under a live lease.
+
+        Args:
+            workflows: Ids of the workflows that count; all when None.
+            nodes: How many the launcher has.
+            is_serial: Count only tasks of one node and one rank.
+        """
         async with wrapped():
             found: bool = await self._pool.fetchval(
-                queries()["has_prospect"], None if workflows is None else list(workflows), nodes
+                queries()["has_prospect"],
+                None if workflows is None else list(workflows),
+                nodes,
+                is_serial,
             )
         return found
+
+    async def left_alone(
+        self, whole: Room | SlotRoom, workflows: Sequence[int] | None
+    ) -> dict[Unfit, int]:
+        """Count the runnable tasks that nobody has taken and this launcher cannot run, by reason.
+
+        Args:
+            whole: The launcher with nothing running on it. Of a `Room`, `nodes` and `left_s` count; of
+                a `SlotRoom`, `whole` and `left_s`.
+            workflows: Ids of the workflows it takes tasks of; all when None.
+
+        Returns:
+            The first reason of each task. At most 100,000 runnable tasks are looked at.
+        """
+        is_serial = isinstance(whole, SlotRoom)
+        places = whole.whole if isinstance(whole, SlotRoom) else ()
+        async with wrapped():
+            rows = await self._pool.fetch(
+                "SELECT * FROM left_alone($1, $2, $3, $4, $5, $6, $7)",
+                None if workflows is None else list(workflows),
+                is_serial,
+                1 if isinstance(whole, SlotRoom) else whole.nodes,
+                [place.gpus for place in places],
+                [place.memory_mb for place in places],
+                _minutes(whole.left_s),
+                _LEFT_ALONE,
+            )
+        return {Unfit(row["reason"]): row["tasks"] for row in rows}
 
     async def close(self, reason: str) -> None:
         """Give the lease back: nothing of it runs any more. What is still held is released as lost."""
@@ -173,7 +245,34 @@ class Lease:
     async def _report(self, statement: str, *columns: list[Any]) -> Verdicts:
         async with wrapped():
             rows = await again_on_deadlock(lambda: self._pool.fetch(statement, self.id, *columns))
-        return {(row["task_id"], row["attempt"]): Verdict(row["verdict"]) for row in rows}
+        return {(task_id, attempt): _VERDICTS[verdict] for task_id, attempt, verdict in rows}
+
+
+def _minutes(left_s: float | None) -> int:
+    return _FOR_EVER if left_s is None else min(int(left_s // 60), _FOR_EVER)
+
+
+def _columns(room: SlotRoom) -> tuple[list[int | None], ...]:
+    """Turn what is free, and the nodes as a whole, into columns for `claim_serial`."""
+    shares = [_terms(free.share) for free in room.free]
+    return (
+        [free.nodes for free in room.free],
+        [numerator for numerator, _ in shares],
+        [denominator for _, denominator in shares],
+        [free.cores for free in room.free],
+        [free.all_cores for free in room.free],
+        [free.gpus for free in room.free],
+        [free.memory_mb for free in room.free],
+        [node.gpus for node in room.whole],
+        [node.memory_mb for node in room.whole],
+    )
+
+
+def _terms(share: Fraction) -> tuple[int, int]:
+    """Return numerator and denominator, of the next smaller fraction where these are too large."""
+    if share.denominator <= _FINEST:
+        return share.numerator, share.denominator
+    return int(share * _FINEST), _FINEST
 
 
 def _storable(text: str | None) -> str | None:
@@ -184,14 +283,12 @@ def _storable(text: str | None) -> str | None:
 
 
 def _claim(row: asyncpg.Record) -> Claim:
-    return Claim(
-        **{
-            **dict(row),
-            "argv": tuple(row["argv"]),
-            "mpi_flags": tuple(row["mpi_flags"]),
-            "parent_ids": tuple(row["parent_ids"]),
-        }
-    )
+    fields = dict(row)  # thousands a second: filled in place
+    fields["argv"] = tuple(fields["argv"])
+    fields["mpi_flags"] = tuple(fields["mpi_flags"])
+    fields["parent_ids"] = tuple(fields["parent_ids"])
+    fields["output"] = _OUTPUTS[fields["output"]]
+    return Claim(**fields)
 
 
 # ---------------------------------------------------------------------------- reaping
@@ -214,11 +311,15 @@ class Reaping:
             for row in rows
         }
 
-    async def close(self, lease_id: int, *, state: str, evidence: str) -> bool:
-        """Close a lease on *evidence*; False when it was closed already."""
+    async def bury(self, lease_id: int, *, state: str, evidence: str) -> bool:
+        """Close the lease of a launcher that is certainly gone; tell whether that was done.
+
+        It is not where somebody has done it, nor where pilots of that launcher may live on other hosts:
+        then the lease ends by itself as soon as they must have ended.
+        """
         async with wrapped():
             closed: bool = await self._pool.fetchval(
-                "SELECT close_lease($1, $2, $3)", lease_id, state, evidence
+                "SELECT bury_launcher($1, $2, $3)", lease_id, state, evidence
             )
         return closed
 

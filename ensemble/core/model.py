@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from fractions import Fraction
 from typing import Any
 
 import msgspec
@@ -18,6 +19,19 @@ class JobMode(StrEnum):
 
     #: One MPI launch per task, on whole nodes.
     MPI = "mpi"
+    #: One MPI launch of pilots, a pilot on every node; single-node tasks share nodes.
+    SERIAL = "serial"
+
+
+class Output(StrEnum):
+    """What becomes of a task's standard output and error."""
+
+    #: A file in the work directory, `NAME.out`.
+    FILE = "file"
+    #: The last 16 kB in the store, and no file.
+    TAIL = "tail"
+    #: Nothing.
+    NONE = "none"
 
 
 class Outcome(StrEnum):
@@ -47,6 +61,20 @@ class Cause(StrEnum):
     PARENT = "parent"
 
 
+class Unfit(StrEnum):
+    """Why a launcher leaves a task alone that could run."""
+
+    #: Several nodes or ranks: not for serial mode.
+    RANKS = "ranks"
+    #: More nodes than the launcher has.
+    NODES = "nodes"
+    #: More GPUs, or more memory, than any of its nodes has.
+    GPUS = "gpus"
+    MEMORY = "memory"
+    #: Longer than the time that is left.
+    TIME = "time"
+
+
 class NewApp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to run something, registered under a name."""
 
@@ -59,6 +87,8 @@ class NewApp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     env_script: str | None = None
     preprocess: str | None = None
     postprocess: str | None = None
+    #: What becomes of its tasks' output, unless a task says otherwise.
+    output: Output = Output.FILE
 
 
 class NewTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,6 +137,8 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_losses: int = 3
     post_error_handler: bool = False
     post_timeout_handler: bool = False
+    #: What becomes of the output; None is the app's way, and `file` without an app.
+    output: Output | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +152,7 @@ class App:
     environ: Mapping[str, str]
     env_script: str | None
     created_at: datetime
+    output: Output = Output.FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +185,8 @@ class Task:
     reason: str | None
     #: The last lines of the output of the last attempt that failed.
     error: str | None
+    #: What becomes of its output.
+    output: Output
     nodes: tuple[str, ...]
     created_at: datetime
     started_at: datetime | None
@@ -185,6 +220,8 @@ class Attempt:
     cause: Cause | None
     reason: str | None
     error: str | None
+    #: The last 16 kB of the output, of a task whose output is `tail`.
+    output: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +265,51 @@ class Node:
     is_virtual: bool = False
 
 
+class Need(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a single-node task takes of its node (serial mode)."""
+
+    #: It takes one part in so many of the node.
+    packing: int = 1
+    #: Hardware threads; its share of the node's cores when None.
+    threads: int | None = None
+    #: Hardware threads used of each core.
+    threads_per_core: int | None = None
+    gpus: int = 0
+    memory_mb: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vacancy:
+    """What is free on each of some nodes that are alike (serial mode)."""
+
+    #: How many such nodes.
+    nodes: int
+    #: The part of such a node that is free, as an exact fraction.
+    share: Fraction
+    #: Whole cores: free, and of the node.
+    cores: int
+    all_cores: int
+    gpus: int
+    #: None where the node does not say: then memory is not counted.
+    memory_mb: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRoom:
+    """What a launcher in serial mode can start now, or in a moment."""
+
+    free: tuple[Vacancy, ...]
+    #: The nodes when nothing runs on them: what fits none of these is left alone.
+    whole: tuple[Vacancy, ...]
+    #: Seconds until the launcher must be done; None is for ever.
+    left_s: float | None
+    max_tasks: int
+    #: Tasks to take besides what fits now, to be started as others end.
+    ahead: int = 0
+    #: So many tasks share a node at least, whatever their node_packing_count says.
+    slots_per_node: int = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """What a launcher can start now, or in a moment: never ask the store for more."""
@@ -240,8 +322,7 @@ class Room:
     ahead: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A task that this launcher has taken and nobody else can, with what it takes to run it."""
 
     id: int
@@ -257,18 +338,19 @@ class Claim:
     threads_per_rank: int | None = None
     threads_per_core: int | None = None
     gpus_per_rank: int = 0
+    memory_mb: int | None = None
     node_packing_count: int = 1
     wall_time_minutes: int = 0
     time_limit_minutes: float | None = None
-    environ: Mapping[str, str] = field(default_factory=dict)
+    output: Output = Output.FILE
+    environ: Mapping[str, str] = msgspec.field(default_factory=dict)
     env_script: str | None = None
     mpi_flags: tuple[str, ...] = ()
     cpu_affinity: str | None = None
     parent_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The nodes that a claim runs on, in rank order."""
 
     nodes: tuple[Node, ...]
@@ -279,8 +361,7 @@ class Placement:
         return tuple(node.name for node in self.nodes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class Start(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The report that an attempt's process has been started."""
 
     id: int
@@ -289,8 +370,7 @@ class Start:
     nodes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class End(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The report that nothing of an attempt runs any more: closes the attempt, releases the hold."""
 
     id: int
@@ -307,6 +387,8 @@ class End:
     reason: str | None = None
     #: The last lines of the output, for a run that failed.
     error: str | None = None
+    #: The last 16 kB of the output, for a task whose output is `tail`.
+    output: str | None = None
 
 
 class Verdict(StrEnum):
@@ -354,6 +436,11 @@ class NewLauncher:
     restart_count: int = 0
     #: Seconds until its allocation ends; None when it does not.
     left_s: float | None = None
+    #: Of its largest node, where that is known.
+    node_cores: int | None = None
+    node_gpus: int | None = None
+    #: How long processes of it may live on other hosts after it has gone.
+    linger_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

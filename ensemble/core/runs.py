@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from typing import assert_never
+
+import msgspec
 
 from ensemble.core.events import Ended
 from ensemble.core.model import Cause, Claim, End, Outcome, Placement
@@ -46,8 +48,15 @@ class Run:
     ending: Ending | None = None
 
 
-def failed_start(run: Run, at: datetime, reason: str, status: int | None = None) -> End:
-    """Return the end of a run whose program could not be started."""
+def failed_start(
+    run: Run,
+    at: datetime,
+    reason: str,
+    *,
+    status: int | None = None,
+    output: str | None = None,
+) -> End:
+    """Return the end of a run whose program could not be started, with what its launcher printed."""
     return End(
         id=run.claim.id,
         attempt=run.claim.attempt,
@@ -59,6 +68,7 @@ def failed_start(run: Run, at: datetime, reason: str, status: int | None = None)
         cause=Cause.COULD_NOT_START,
         reason=reason,
         error=reason,
+        output=output,
     )
 
 
@@ -76,7 +86,38 @@ def end_of(run: Run, event: Ended) -> End:
         cause=cause,
         reason=reason,
         error=None if outcome is Outcome.DONE else event.error,
+        output=event.output,
     )
+
+
+def lost_with_node(run: Run, at: datetime, reason: str) -> End:
+    """Return the end of a run whose node was lost, with everything that ran there."""
+    outcome, cause, why = Outcome.LOST, Cause.NODE_LOST, reason
+    match run.ending:
+        case Ending.KILLED:
+            outcome, cause, why = Outcome.KILLED, Cause.KILLED_BY_USER, reason
+        case Ending.TIME_LIMIT:
+            outcome, cause, why = Outcome.TIMEOUT, Cause.TIME_LIMIT, _limit(run)
+        case Ending.DRAINED:
+            outcome, cause, why = Outcome.TIMEOUT, Cause.ALLOCATION_ENDED, reason
+        case Ending.LOST | None:
+            pass
+        case _:
+            assert_never(run.ending)
+    return End(
+        id=run.claim.id,
+        attempt=run.claim.attempt,
+        outcome=outcome,
+        at=at,
+        started_at=run.started_at,
+        nodes=run.placement.names,
+        cause=cause,
+        reason=why,
+    )
+
+
+def _limit(run: Run) -> str:
+    return f"{run.claim.time_limit_minutes:g} minutes"
 
 
 def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]:
@@ -86,7 +127,7 @@ def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]
         case Ending.KILLED:
             return Outcome.KILLED, Cause.KILLED_BY_USER, None
         case Ending.TIME_LIMIT:
-            return Outcome.TIMEOUT, Cause.TIME_LIMIT, f"{run.claim.time_limit_minutes:g} minutes"
+            return Outcome.TIMEOUT, Cause.TIME_LIMIT, _limit(run)
         case Ending.DRAINED:
             return Outcome.TIMEOUT, Cause.ALLOCATION_ENDED, None
         case Ending.LOST | None:
@@ -106,7 +147,9 @@ def _failure(status: int) -> tuple[Outcome, Cause, str]:
 
 def explained(end: End, reason: str) -> End:
     """Return *end*, an exit by signal, as the cut-off by the allocation's end that it was."""
-    return replace(end, outcome=Outcome.TIMEOUT, cause=Cause.ALLOCATION_ENDED, reason=reason)
+    return msgspec.structs.replace(
+        end, outcome=Outcome.TIMEOUT, cause=Cause.ALLOCATION_ENDED, reason=reason
+    )
 
 
 def may_be_schedulers(status: int) -> bool:

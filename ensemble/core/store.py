@@ -30,6 +30,7 @@ from ensemble.core.model import (
     NewApp,
     NewTask,
     Outcome,
+    Output,
     Problem,
     Selector,
     Task,
@@ -37,11 +38,13 @@ from ensemble.core.model import (
     TaskEvent,
 )
 from ensemble.core.states import State
+from ensemble.core.submission import Layout
 from ensemble.errors import IllegalMoveError, NotFoundError, UsageError
 
 #: The name of a check is that of its query.
 CHECKS = (
     "check_orphans",
+    "check_shapes",
     "check_open_attempts",
     "check_successes",
     "check_overlaps",
@@ -102,7 +105,14 @@ class Store:
             UsageError: It is malformed, or the name is taken.
         """
         submission.check_app(new)
-        values = (new.name, new.command, new.description, new.environ, new.env_script)
+        values = (
+            new.name,
+            new.command,
+            new.description,
+            new.environ,
+            new.env_script,
+            new.output,
+        )
         row = None
         async with wrapped():
             if replace:
@@ -110,7 +120,7 @@ class Store:
             row = row or await self.pool.fetchrow(queries()["insert_app"], *values)
         if row is None:
             raise UsageError(f"app {new.name} exists (--replace changes it)")
-        return App(**row)
+        return _app(row)
 
     async def apps(self, names: Sequence[str] | None = None) -> list[App]:
         """Return the apps of these names, or all, by name."""
@@ -118,7 +128,7 @@ class Store:
             rows = await self.pool.fetch(
                 queries()["select_apps"], None if names is None else list(names)
             )
-        return [App(**row) for row in rows]
+        return [_app(row) for row in rows]
 
     async def remove_app(self, name: str) -> None:
         """Forget an app.
@@ -153,12 +163,19 @@ class Store:
 
     # ------------------------------------------------------------------ adding
 
-    async def add(self, tasks: Sequence[NewTask], *, key: str | None = None) -> list[int]:
+    async def add(
+        self,
+        tasks: Sequence[NewTask],
+        *,
+        key: str | None = None,
+        layout: Layout = "sharded",
+    ) -> list[int]:
         """Add tasks in one transaction; return their ids in the order given.
 
         Args:
             tasks: What to run. Parents may be ids, or names of tasks of this submission.
             key: An idempotency key: the same key again adds nothing and returns the first ids.
+            layout: How work directories are arranged, see `submission.workdir`.
 
         Raises:
             UsageError: A task is malformed (its place is named); nothing was added.
@@ -171,7 +188,7 @@ class Store:
         sequence = submission.order(tasks, names=names)
         async with wrapped(), self.pool.acquire() as connection:
             ids = await again_on_deadlock(
-                lambda: insertion.insert(connection, resolved, sequence, names, key)
+                lambda: insertion.insert(connection, resolved, sequence, names, key, layout)
             )
         await self.ring()
         return ids
@@ -236,6 +253,12 @@ class Store:
         async with wrapped():
             rows = await self.pool.fetch(queries()["select_launchers"], only_live)
         return [Launcher(**{**dict(row), "nodes": tuple(row["nodes"])}) for row in rows]
+
+    async def most_gpus(self) -> int | None:
+        """Return the GPUs of the largest node that a launcher of the last 30 days had; None if unknown."""
+        async with wrapped():
+            most: int | None = await self.pool.fetchval(queries()["most_gpus"])
+        return most
 
     async def horizon(self) -> Cursor:
         """Return the place in the stream of events from which nothing committed later is missed."""
@@ -364,6 +387,10 @@ def _criteria(selector: Selector) -> tuple[Any, ...]:
     )
 
 
+def _app(row: asyncpg.Record) -> App:
+    return App(**{**dict(row), "output": Output(row["output"])})
+
+
 def _task(row: asyncpg.Record) -> Task:
     return Task(
         **{
@@ -371,6 +398,7 @@ def _task(row: asyncpg.Record) -> Task:
             "state": State(row["state"]),
             "cause": Cause(row["cause"]) if row["cause"] else None,
             "argv": tuple(row["argv"]),
+            "output": Output(row["output"]),
             "nodes": tuple(row["nodes"]),
         }
     )

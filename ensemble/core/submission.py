@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from ensemble.core.model import App, Changes, NewApp, NewTask
+from ensemble.core.model import App, Changes, NewApp, NewTask, Output
 from ensemble.errors import UsageError
 
 #: More nodes than the largest machine has (Fugaku: 158,976).
@@ -38,6 +38,10 @@ _TASK_STAGES = (
     "post_error_handler",
     "post_timeout_handler",
 )
+#: More tasks than any node runs at once.
+LARGEST_PACKING = 1_000_000
+#: How work directories are arranged below `data/`: a thousand to a directory, or all in one.
+Layout = Literal["sharded", "flat"]
 #: Lower bounds of the whole numbers; the upper one is PostgreSQL's `int`.
 _BOUNDS = {
     "num_nodes": 1,
@@ -65,6 +69,7 @@ class Resolved:
     environ: Mapping[str, str]
     env_script: str | None
     app_id: int | None
+    output: Output
 
 
 def check_app(new: NewApp) -> None:
@@ -74,6 +79,8 @@ def check_app(new: NewApp) -> None:
     for field in ("command", "description", "env_script"):
         _check_storable(getattr(new, field), field)
     _check_environ(new.environ)
+    if new.output not in tuple(Output):
+        raise UsageError(f"app {new.name}: output is {new.output!r}; use {_one_of(Output)}")
     for field in ("preprocess", "postprocess"):
         if getattr(new, field) is not None:
             raise UsageError(
@@ -117,6 +124,7 @@ def resolve(new: NewTask, apps: Mapping[str, App]) -> Resolved:
         environ=environ,
         env_script=app.env_script if app else None,
         app_id=app.id if app else None,
+        output=Output(new.output or (app.output if app else Output.FILE)),
     )
 
 
@@ -129,8 +137,10 @@ def warnings(new: NewTask) -> list[str]:
     return []
 
 
-def workdir(task_id: int, name: str) -> str:
-    """Return where a task runs, relative to the site: a thousand tasks to a directory."""
+def workdir(task_id: int, name: str, layout: Layout = "sharded") -> str:
+    """Return where a task runs, relative to the site: a thousand tasks to a directory, or flat."""
+    if layout == "flat":
+        return f"data/{name}_{task_id}"
     return f"data/{task_id // 1000}/{name}_{task_id}"
 
 
@@ -245,6 +255,10 @@ def _check_numbers(new: NewTask) -> None:
         value = getattr(new, field)
         if value is not None and not least <= value <= _INT4:
             raise UsageError(f"{field} is {value}; it must be at least {least} and below 2^31")
+    if new.node_packing_count > LARGEST_PACKING:
+        raise UsageError(
+            f"node_packing_count is {new.node_packing_count}; it must be at most {LARGEST_PACKING:,}"
+        )
     if new.time_limit_minutes is not None and not 0 < new.time_limit_minutes < 1e9:
         raise UsageError(
             f"time_limit_minutes is {new.time_limit_minutes}; it must be above 0 and below 1e9"
@@ -252,6 +266,10 @@ def _check_numbers(new: NewTask) -> None:
     for parent in new.parents:
         if isinstance(parent, int) and not 0 < parent <= _INT8:
             raise UsageError(f"parents: {parent} is not the id of a task")
+
+
+def _one_of(choices: type[Output]) -> str:
+    return ", ".join(choices)
 
 
 def _check_name(what: str, name: str) -> None:
@@ -286,12 +304,14 @@ def _check_storable(value: Any, what: str) -> None:
         if found is not None:
             bad = "a NUL character" if found[0] == "\0" else "text that is not UTF-8"
             raise UsageError(f"{what}: {bad} cannot be passed on")
+    elif not value:
+        return  # most fields of most tasks
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_storable(item, what)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _check_storable(key, what)
-            _check_storable(item, what)
-    elif isinstance(value, list | tuple):
-        for item in value:
             _check_storable(item, what)
 
 

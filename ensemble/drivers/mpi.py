@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ensemble.config import MpiSettings
-from ensemble.core.model import Claim, Placement
+from ensemble.core.model import Claim, Node, Placement
 from ensemble.drivers import process
 from ensemble.drivers.mpiline import OPTIONS, Flavor as Flavor, Launch
 from ensemble.errors import LaunchError
@@ -208,6 +208,26 @@ def clean_environ(environ: Mapping[str, str], flavor: Flavor | None = None) -> d
     return {name: value for name, value in environ.items() if stays(name)}
 
 
+def environ_on_node(environ: Mapping[str, str], node: Node) -> dict[str, str]:
+    """Return a Slurm job's environment as a task should see it that has a share of one node.
+
+    An mpirun within the task reads it and starts its ranks there, and not on the job's first nodes; Hydra would
+    still ask srun for any node, so it is told to fork. srun itself cannot be told: it needs `-w $SLURMD_NODENAME`.
+    It takes nothing away from other tasks' srun, nor waits for them.
+
+    Args:
+        environ: As the launcher's tasks start from it; returned as it is outside of Slurm.
+        node: A real one.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return dict(environ)
+    names = dict.fromkeys(("SLURM_JOB_NODELIST", "SLURM_NODELIST"), node.name)
+    counts = dict.fromkeys(("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), "1")
+    sizes = dict.fromkeys(("SLURM_JOB_CPUS_PER_NODE", "SLURM_TASKS_PER_NODE"), str(node.cores))
+    hydra = dict.fromkeys(("HYDRA_LAUNCHER", "I_MPI_HYDRA_BOOTSTRAP"), "fork")
+    return {**hydra, **environ, **names, **counts, **sizes, "SLURM_OVERLAP": "1"}
+
+
 def environ_for(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
     """Return what a launcher's command needs in its environment, besides the task's."""
     match flavor:
@@ -256,15 +276,32 @@ _MPIEXEC = ("mpiexec", "mpirun", "mpiexec.hydra", "mpirun.openmpi")
 _BY_NAME = {"srun": Flavor.SRUN, "aprun": Flavor.APRUN, "jsrun": Flavor.JSRUN, "flux": Flavor.FLUX}
 #: The scheduler's own launcher, where it comes before any mpiexec.
 _NATIVE = {"flux": "flux", "lsf": "jsrun", "cobalt": "aprun"}
+#: The same, where only pilots are to be started.
+_PILOTS_NATIVE = {"slurm": "srun"}
 
 
 async def detect(
-    settings: MpiSettings, *, scheduler: str, environ: Mapping[str, str]
+    settings: MpiSettings,
+    *,
+    scheduler: str,
+    environ: Mapping[str, str],
+    is_for_pilots: bool = False,
 ) -> MpiLauncher:
     """Find the MPI launcher to use: what the settings say, else the first that answers.
 
     That is the launcher of Flux, jsrun or aprun within their schedulers; the mpiexec beside this Python
     (the `mpich` wheel); mpiexec or mpirun on PATH; srun within Slurm.
+
+    Within Slurm srun comes last for tasks and first for pilots. Tasks need the launcher that goes with their
+    MPI library: with an srun that speaks another PMI than the library each rank would find itself alone, while
+    every mpiexec knows how to reach the job's nodes. Pilots go by their environment where MPI does not tell
+    them of each other, and srun is always there, needs no ssh, and lets the others live on when a rank or a node
+    is lost.
+
+    Args:
+        scheduler: The allocation's.
+        environ: This process's environment.
+        is_for_pilots: Whether it is to start pilots, and not tasks.
 
     Raises:
         LaunchError: There is none, or it is not what the settings say; says what to install or to set.
@@ -281,7 +318,8 @@ async def detect(
             )
         return MpiLauncher(flavor=flavor, command=_complete(flavor, command), flags=flags)
     unknown: str | None = None
-    for path in _candidates(wanted, scheduler, environ):
+    native = _NATIVE.get(scheduler) or (_PILOTS_NATIVE.get(scheduler) if is_for_pilots else None)
+    for path in _candidates(wanted, native, scheduler, environ):
         flavor = await _ask((path,), environ)
         if flavor is not None and wanted in {None, flavor}:
             return MpiLauncher(flavor=flavor, command=_complete(flavor, (path,)), flags=flags)
@@ -294,7 +332,9 @@ async def detect(
     )
 
 
-def _candidates(wanted: Flavor | None, scheduler: str, environ: Mapping[str, str]) -> Iterator[str]:
+def _candidates(
+    wanted: Flavor | None, native: str | None, scheduler: str, environ: Mapping[str, str]
+) -> Iterator[str]:
     """Yield the paths of possible launchers, the preferred ones first."""
     on_path = environ.get("PATH", os.defpath)
     beside = str(Path(sys.executable).parent)
@@ -304,7 +344,6 @@ def _candidates(wanted: Flavor | None, scheduler: str, environ: Mapping[str, str
     else:
         places = [(name, where) for where in (beside, on_path) for name in _MPIEXEC]
     if wanted is None:
-        native = _NATIVE.get(scheduler)
         places = [*([(native, on_path)] if native else []), *places]
         places += [("srun", on_path)] if scheduler == "slurm" else []
     found = (shutil.which(name, path=where) for name, where in places)

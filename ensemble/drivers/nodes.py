@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ensemble.core.model import Node
 from ensemble.drivers import batch, hostlist, walltime
+from ensemble.drivers.hardware import GPU_VARIABLES, node_name as node_name, parse_devices
 from ensemble.errors import AllocationError
 
 _JOB_ID = {"slurm": "SLURM_JOB_ID", "cobalt": "COBALT_JOBID", "pbs": "PBS_JOBID"}
@@ -76,11 +76,6 @@ async def find_allocation(
     )
 
 
-def node_name(environ: Mapping[str, str]) -> str:
-    """Return what the scheduler calls this host: SLURMD_NODENAME, else the first label of its name."""
-    return environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
-
-
 # The environment
 
 
@@ -129,21 +124,11 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     on_node = environ.get("SLURM_GPUS_ON_NODE", "")
     if re.fullmatch(r"[0-9]{1,4}", on_node):
         return int(on_node)
-    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+    for name in GPU_VARIABLES:
         text = environ.get(name, "").strip()
         if text:
-            return _count_devices(text)
+            return len(list(parse_devices(text)))
     return 0
-
-
-def _count_devices(text: str) -> int:
-    """Count indices or UUIDs; CUDA ignores what follows -1, and old Slurm writes NoDevFiles for none."""
-    count = 0
-    for item in text.split(","):
-        if item.strip() in {"", "-1", "NoDevFiles", "none", "void"}:
-            break
-        count += 1
-    return count
 
 
 def _local_allocation(environ: Mapping[str, str], number: int) -> Allocation:

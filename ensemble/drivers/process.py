@@ -16,20 +16,14 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import re
 import select
 import signal
-import subprocess
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ensemble.core.model import LauncherIdentity
 from ensemble.drivers import proctree, tasktree
-from ensemble.drivers.proctree import Stat
 from ensemble.errors import LaunchError
 
 _PR_SET_PDEATHSIG = 1
@@ -52,6 +46,7 @@ async def run(
     cwd: str | None = None,
     stdin: bytes | None = None,
     timeout_s: float = 60.0,
+    pass_fds: Sequence[int] = (),
 ) -> Completed:
     """Run a command to its end and return what it printed.
 
@@ -59,6 +54,7 @@ async def run(
         env: The whole environment; this process's own when None.
         stdin: What it reads; /dev/null when None.
         timeout_s: Seconds after which it is killed.
+        pass_fds: Descriptors that it inherits, besides those three.
 
     Raises:
         LaunchError: It could not be started, or did not end in time (it is dead by then).
@@ -71,6 +67,7 @@ async def run(
             stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            pass_fds=tuple(pass_fds),
         )
     except OSError as error:
         raise LaunchError(f"cannot run {argv[0]}: {error.strerror or error}") from error
@@ -122,6 +119,8 @@ class Process:
         self.sessions = {pid}
         self.exit: Exit | None = None
         self._exited: asyncio.Future[None] | None = None
+        #: Who wants to hear of its end, besides those who wait.
+        self.watch: Exits | None = None
 
     def __repr__(self) -> str:
         return f"<Process {self.pid} {self.marker or ''} {self.exit or 'running'}>"
@@ -171,33 +170,43 @@ class Process:
             loop = self._exited.get_loop()
             loop.remove_reader(self.pidfd)
             self._exited.set_result(None)
+        if self.watch is not None:
+            self.watch.forget(self)
         os.close(self.pidfd)
 
 
-def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Path) -> Process:
-    """Start a program in a session of its own, stdin from /dev/null, stdout and stderr to a file.
+class Exits:
+    """Tells of the ends of processes, for thousands of short ones: what `Process.wait` does, at a tenth of the cost.
 
-    This blocks for as long as the file system does: call it in a worker thread. (subprocess lets other threads run
-    while the child is on its way to execve.)
-
-    Args:
-        argv: Passed on as it is; a program without a slash is looked up on the PATH of *env*.
-        env: The whole environment; its `ENSEMBLE_TASK_TOKEN` marks the task's processes, and no others: two
-            processes started with one marker would be ended as one.
-        cwd: The work directory; made if it is missing.
-        output: Where the output goes. A file that is there is kept, as `.1`, `.2`, …
-
-    Raises:
-        LaunchError: It could not be started; nothing of it runs.
+    Their pidfds are in an epoll(7) set of its own, so that the event loop has but one to look at.
     """
-    thread = threading.get_ident()
-    tasktree.starting[thread] = tasktree.now_ticks()
-    try:
-        return _start(argv, env, cwd, output)
-    except (OSError, ValueError) as error:
-        raise LaunchError(_explain(error, argv)) from error
-    finally:
-        del tasktree.starting[thread]
+
+    def __init__(self) -> None:
+        """Watch nothing yet, on the running event loop."""
+        self._epoll = select.epoll()
+        self._reactions: dict[int, tuple[Process, Callable[[], None]]] = {}
+        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
+
+    def watch(self, process: Process, react: Callable[[], None]) -> None:
+        """Call *react* once a process has ended and is reaped."""
+        self._reactions[process.pidfd] = (process, react)
+        process.watch = self
+        self._epoll.register(process.pidfd, select.EPOLLIN)
+
+    def forget(self, process: Process) -> None:
+        """Look no more at a process: it was reaped, here or elsewhere."""
+        found = self._reactions.pop(process.pidfd, None)
+        if found is not None:
+            self._epoll.unregister(process.pidfd)
+            asyncio.get_running_loop().call_soon(found[1])
+
+    def _look(self) -> None:
+        for pidfd, _ in self._epoll.poll(0):
+            found = self._reactions.pop(pidfd, None)  # an earlier reaction may have ended it
+            if found is not None:
+                self._epoll.unregister(pidfd)
+                found[0].collect()
+                found[1]()
 
 
 async def end_tree(process: Process, *, grace_s: float) -> int:
@@ -231,39 +240,12 @@ async def sweep(process: Process, *, grace_s: float) -> int:
         return tree.count
 
 
-class Swept(NamedTuple):
-    """What `sweep_token` did."""
-
-    ended: int
-    #: Processes that were killed and have not gone, as they hang in a file system.
-    left: tuple[int, ...]
-
-
-def sweep_token(prefix: str, *, timeout_s: float = 10.0) -> Swept:
-    """Kill whatever this user runs on this host for tasks whose marker starts with *prefix*, and what is below it.
-
-    For those who are not its parent: the tasks of a launcher that was lost. It looks at every process and waits, so
-    call it in a worker thread.
-
-    Args:
-        prefix: What `marker_prefix` returns; its end matters, as 4 is a prefix of 41.
-    """
-    if not prefix:
-        raise ValueError("an empty prefix would match every task")
-    end = time.monotonic() + timeout_s
-    killed: set[tuple[int, int]] = set()
-    while targets := _find_marked(prefix):
-        killed |= {(stat.pid, stat.start_ticks) for stat in targets}
-        _kill_and_wait(targets, min(0.25, timeout_s))
-        if time.monotonic() > end:
-            left = tuple(sorted(stat.pid for stat in _find_marked(prefix)))
-            return Swept(len(killed) - len(left), left)
-    return Swept(len(killed), ())
-
-
-def marker_prefix(lease_id: int, launcher: LauncherIdentity) -> str:
-    """Return how the markers of a launcher's tasks begin: every site counts its leases from 1."""
-    return f"{lease_id}-{launcher.pid}-{launcher.start_ticks}."
+def has_strays() -> bool:
+    """Tell whether anything adopted is there that some ended task may have left; True when one cannot look."""
+    try:
+        return bool(tasktree.list_strays())
+    except OSError:  # file descriptors ran out
+        return True
 
 
 def become_subreaper() -> None:
@@ -313,127 +295,6 @@ def is_alive(pid: int, start_ticks: int) -> bool:
     """Tell whether this very process runs: not a zombie, and not another one with its number."""
     stat = proctree.read_stat(pid)
     return stat is not None and stat.start_ticks == start_ticks and not stat.is_zombie
-
-
-def tail(path: Path, lines: int, max_bytes: int = 16384) -> str:
-    """Return the last lines of an output file, safe to store and to show; "" when it cannot be read.
-
-    Terminal sequences and control characters are left out, and bytes that are no UTF-8 are replaced.
-    """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - max_bytes))
-            data = file.read(max_bytes)
-    except OSError:
-        return ""
-    if size > max_bytes:
-        data = data.partition(b"\n")[2] or data
-    text = printable(data.decode(errors="replace"))
-    return "\n".join(text.rstrip("\n").split("\n")[-lines:] if lines else [])
-
-
-def printable(text: str) -> str:
-    """Return what a program printed without terminal sequences and control characters, which no text may hold."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
-
-
-def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path) -> Process:
-    if not argv or not argv[0]:
-        raise ValueError("the command is empty")
-    cwd.mkdir(parents=True, exist_ok=True)
-    output_fd = _open_output(output)
-    try:
-        child = subprocess.Popen(
-            list(argv),
-            env=env,
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=output_fd,
-            stderr=output_fd,
-            start_new_session=True,
-        )
-    finally:
-        os.close(output_fd)
-    # Popen must neither reap it nor warn that nobody did.
-    child.returncode = 0
-    try:
-        pidfd = os.pidfd_open(child.pid)
-    except OSError:
-        os.killpg(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-        raise
-    process = Process(child.pid, pidfd, env.get(proctree.TOKEN_VARIABLE))
-    tasktree.roots.add(child.pid)
-    return process
-
-
-def _open_output(path: Path) -> int:
-    """Make a new file for appending; one of that name is moved to the first free number after it."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o666)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        number = 1
-        while os.path.lexists(f"{path}.{number}"):
-            number += 1
-        path.rename(f"{path}.{number}")
-    return os.open(path, flags, 0o666)
-
-
-def _explain(error: OSError | ValueError, argv: Sequence[str]) -> str:
-    program = argv[0] if argv else ""
-    reason = str(error)
-    if isinstance(error, OSError):
-        reason = error.strerror or reason
-        if error.filename is not None and str(error.filename) != program:
-            reason = f"{error.filename}: {reason}"
-        elif isinstance(error, FileNotFoundError) and os.path.exists(program):
-            reason = "the interpreter that its first line names does not exist"
-    text = f"cannot run {program}: {reason}" if program else f"cannot run a task: {reason}"
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def _find_marked(prefix: str) -> list[Stat]:
-    """Find this user's living processes with such a marker, and what is below them."""
-    marked = [stat for stat in proctree.scan().values() if _is_marked(stat.pid, prefix)]
-    found = proctree.walk(marked, proctree.children_reader())
-    return [stat for stat in found if not stat.is_zombie and stat.pid != os.getpid()]
-
-
-def _is_marked(pid: int, prefix: str) -> bool:
-    token = proctree.parse_token(proctree.read_environ(pid))
-    if token is None or not token.startswith(prefix):
-        return False
-    return proctree.read_owner(pid) == os.geteuid()
-
-
-def _kill_and_wait(targets: Sequence[Stat], timeout_s: float) -> None:
-    """Kill processes; return when all are gone, or after a while."""
-    end = time.monotonic() + timeout_s
-    poll = select.poll()
-    pidfds: set[int] = set()
-    try:
-        for stat in targets:
-            pidfd = tasktree.open_pidfd(stat)
-            if pidfd is None:
-                continue
-            pidfds.add(pidfd)
-            poll.register(pidfd, select.POLLIN)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        waiting = set(pidfds)
-        while waiting and (left := end - time.monotonic()) > 0:
-            for pidfd, _ in poll.poll(1000 * left):
-                poll.unregister(pidfd)
-                waiting.discard(pidfd)
-    finally:
-        for pidfd in pidfds:
-            os.close(pidfd)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from ensemble.core.model import Counts, Launcher, Task, TaskDetail
+from ensemble.core.model import Counts, Launcher, Output, Task, TaskDetail
 from ensemble.core.states import State
 
 
@@ -32,18 +32,22 @@ def task(task: Task, now: datetime) -> dict[str, Any]:
     }
 
 
-def detail(found: TaskDetail, now: datetime, *, folder: str, output: str) -> dict[str, Any]:
+def detail(
+    found: TaskDetail, now: datetime, *, folder: str, output: str, waits: str | None
+) -> dict[str, Any]:
     """Return everything on record about a task.
 
     Args:
         folder: The work directory, absolute.
-        output: The file of the last attempt's output.
+        output: The file of the last attempt's output, if it goes to one.
+        waits: What a runnable task waits for, where that is known.
     """
     return {
         **task(found.task, now),
         **msgspec.to_builtins(dict(found.spec)),
         "path": folder,
-        "output": output,
+        "output_file": output if found.task.output is Output.FILE else None,
+        "waits": waits,
         "parents": list(found.parents),
         "children": list(found.children),
         "attempts": msgspec.to_builtins(found.attempts),

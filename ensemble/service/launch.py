@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -16,16 +17,18 @@ from ensemble import log
 from ensemble.config import LauncherSettings, Settings
 from ensemble.core import leases
 from ensemble.core.dispatch import Policy
-from ensemble.core.model import NewLauncher
+from ensemble.core.model import JobMode, NewLauncher
 from ensemble.core.store import Store
-from ensemble.drivers import mpi, nodes, process
+from ensemble.drivers import mpi, nodes, process, sweep
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.drivers.nodes import Allocation
 from ensemble.errors import LaunchError
-from ensemble.service import runtime
+from ensemble.service import pilots, runtime
 from ensemble.service.launcher import Launcher
 from ensemble.service.options import LaunchOptions
+from ensemble.service.pilots import Base, Pilots
 from ensemble.service.reaper import reap
+from ensemble.service.runner import MpiRunner, Post, Runner, Spawn
 from ensemble.service.taskrun import Ground
 from ensemble.site import Site
 
@@ -40,10 +43,18 @@ def main(site: Site, options: LaunchOptions) -> int:
     log.configure(as_json=False, debug=options.debug)
     process.become_subreaper()
     _raise_file_limit()
+    _collect_rarely()
     guard = GuardLink.from_environ(os.environ)
     if guard is not None:
         process.die_with_parent(runtime.DRAIN_SIGNALS[0], guard.guard_pid)
     return runtime.run(_launch(site, options, guard))
+
+
+def _collect_rarely() -> None:
+    """Look for garbage in cycles less often: there is little, and 64,000 running tasks are much to look through."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _raise_file_limit() -> None:
@@ -61,29 +72,25 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         allocation = await nodes.find_allocation(
             os.environ, virtual_nodes=options.nodes, now=runtime.epoch_s()
         )
-        found, mpi_error = await _find_mpi(site.settings, allocation)
+        found, mpi_error = await _find_mpi(site.settings, allocation, options)
+        if options.job_mode is JobMode.SERIAL and found is None:
+            raise LaunchError(mpi_error)
         await reap(store)  # a lost launcher of this very allocation may still hold its nodes
         left_s = _time_left(options, allocation, settings)
         lease = await leases.register(
-            store.pool, _introduce(options, allocation, guard, left_s), ttl_s=settings.lease_ttl_s
+            store.pool,
+            _introduce(options, allocation, guard, left_s, settings),
+            ttl_s=settings.lease_ttl_s,
         )
         if guard is not None:
             guard.lease(lease.id)
         with _threads("start", _STARTERS) as executor, _threads("read", _READERS) as readers:
-            ground = Ground(
-                site=site.path,
-                marker_prefix=process.marker_prefix(lease.id, process.identity()),
-                environ=_own_environ(found),
-                mpi=found,
-                mpi_error=mpi_error,
-                is_single_rank_wrapped=site.settings.mpi.wrap_single_rank,
-                executor=executor,
-                readers=readers,
-                grace_s=settings.grace_s,
-                error_tail_lines=settings.error_tail_lines,
-                scheduler_job_id=allocation.job_id,
-                admit=_Turnstile(settings.launches_per_s).admit,
-            )
+            if found is not None and options.job_mode is JobMode.SERIAL:
+                make_runner = _make_pilots(site, options, allocation, lease, found)
+            else:
+                make_runner = _make_mpi(
+                    site, allocation, lease, found, mpi_error, executor, readers
+                )
             launcher = Launcher(
                 store=store,
                 lease=lease,
@@ -91,7 +98,8 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
                 settings=settings,
                 policy=_policy(options, allocation, settings, left_s),
                 wf_filter=options.wf_filter,
-                ground=ground,
+                job_mode=options.job_mode,
+                make_runner=make_runner,
                 guard=guard,
             )
             return await launcher.run()
@@ -99,15 +107,89 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         await store.close()
 
 
+MakeRunner = Callable[[Post, Spawn], Runner]
+
+
+def _make_mpi(  # noqa: PLR0913 - made in one place
+    site: Site,
+    allocation: Allocation,
+    lease: leases.Lease,
+    found: mpi.MpiLauncher | None,
+    mpi_error: str,
+    executor: ThreadPoolExecutor,
+    readers: ThreadPoolExecutor,
+) -> MakeRunner:
+    settings = site.settings.launcher
+    ground = Ground(
+        site=site.path,
+        marker_prefix=sweep.marker_prefix(lease.id, process.identity()),
+        environ=_own_environ(found),
+        mpi=found,
+        mpi_error=mpi_error,
+        is_single_rank_wrapped=site.settings.mpi.wrap_single_rank,
+        executor=executor,
+        readers=readers,
+        grace_s=settings.grace_s,
+        error_tail_lines=settings.error_tail_lines,
+        scheduler_job_id=allocation.job_id,
+        admit=_Turnstile(settings.launches_per_s).admit,
+    )
+
+    def make(post: Post, spawn: Spawn) -> Runner:
+        return MpiRunner(
+            allocation.nodes, ground, max_launches=settings.max_launches, post=post, spawn=spawn
+        )
+
+    return make
+
+
+def _make_pilots(
+    site: Site,
+    options: LaunchOptions,
+    allocation: Allocation,
+    lease: leases.Lease,
+    found: mpi.MpiLauncher,
+) -> MakeRunner:
+    settings = site.settings.launcher
+    base = Base(
+        site=site.path,
+        run_directory=site.path / "log" / f"launcher-{lease.launcher_id}",
+        marker_prefix=sweep.marker_prefix(lease.id, process.identity()),
+        environ=_own_environ(found),
+        mpi=found,
+        launcher_id=lease.launcher_id,
+        grace_s=settings.grace_s,
+        error_tail_lines=settings.error_tail_lines,
+        slots_per_node=options.slots_per_node,
+        is_pinned=settings.pin_cpus,
+        join_s=settings.pilot_join_s,
+        patience_s=settings.pilot_patience_s,
+    )
+
+    def make(post: Post, spawn: Spawn) -> Runner:
+        return Pilots(
+            allocation.nodes,
+            base,
+            post=post,
+            spawn=spawn,
+            log=log.get_logger(launcher=lease.launcher_id),
+        )
+
+    return make
+
+
 async def _find_mpi(
-    settings: Settings, allocation: Allocation
+    settings: Settings, allocation: Allocation, options: LaunchOptions
 ) -> tuple[mpi.MpiLauncher | None, str]:
     """Return the MPI launcher, or why there is none: tasks of one rank can do without."""
     try:
-        return (
-            await mpi.detect(settings.mpi, scheduler=allocation.scheduler, environ=os.environ),
-            "",
+        found = await mpi.detect(
+            settings.mpi,
+            scheduler=allocation.scheduler,
+            environ=os.environ,
+            is_for_pilots=options.job_mode is JobMode.SERIAL,
         )
+        return found, ""
     except LaunchError as error:
         return None, str(error)
 
@@ -148,7 +230,11 @@ def _introduce(
     allocation: Allocation,
     guard: GuardLink | None,
     left_s: float | None,
+    settings: LauncherSettings,
 ) -> NewLauncher:
+    # Tasks of mpi mode end with their mpirun, which is on this host; pilots by their guards, elsewhere.
+    has_pilots = options.job_mode is JobMode.SERIAL and allocation.scheduler != "local"
+    linger_s = settings.pilot_patience_s + pilots.KILL_S if has_pilots else 0.0
     return NewLauncher(
         identity=process.identity(guard.guard_pid if guard else None),
         version=ensemble.__version__,
@@ -159,6 +245,9 @@ def _introduce(
         scheduler_job_id=allocation.job_id,
         restart_count=allocation.restart_count,
         left_s=left_s,
+        node_cores=max(node.cores for node in allocation.nodes),
+        node_gpus=max(node.gpus for node in allocation.nodes),
+        linger_s=linger_s,
     )
 
 

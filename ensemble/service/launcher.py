@@ -36,26 +36,27 @@ from ensemble.core.events import (
     Leave,
     MarkDrained,
     MarkTimedOut,
+    PilotJoined,
     ProspectTold,
+    Recall,
     Reconciled,
     RecordEnd,
     RecordStart,
-    Skipped,
     Terminate,
     Ticked,
     WorkRang,
 )
 from ensemble.core.leases import Lease
 from ensemble.core.listener import Listener
-from ensemble.core.model import Claim, End, Node, Outcome, Room
+from ensemble.core.model import Claim, End, JobMode, Node, Outcome, Room, SlotRoom, Unfit
 from ensemble.core.store import Store
 from ensemble.drivers.guardlink import GuardLink
-from ensemble.errors import LeaseLostError, OutcomeUnknownError, StoreUnavailableError
-from ensemble.service import runtime, taskrun
+from ensemble.errors import LaunchError, LeaseLostError, OutcomeUnknownError, StoreUnavailableError
+from ensemble.service import runtime
 from ensemble.service.reaper import reap
 from ensemble.service.recorder import Recorder
+from ensemble.service.runner import Post, Runner, Spawn
 from ensemble.service.tally import Tally
-from ensemble.service.taskrun import Ground, Handle
 
 T = TypeVar("T")
 
@@ -71,6 +72,15 @@ _SAME_SIGNAL_S = 0.5
 _FAILURES_SHOWN = 20
 
 
+_UNFIT = {
+    Unfit.RANKS: "they have several ranks or nodes: ensemble launch --job-mode mpi runs them",
+    Unfit.NODES: "they want more nodes than there are here",
+    Unfit.GPUS: "they want more GPUs than any node here has",
+    Unfit.MEMORY: "they want more memory than any node here has",
+    Unfit.TIME: "their wall_time_minutes is longer than the time that was left",
+}
+
+
 class Launcher:
     """One launcher under its lease."""
 
@@ -83,23 +93,23 @@ class Launcher:
         settings: LauncherSettings,
         policy: Policy,
         wf_filter: str | None,
-        ground: Ground,
+        job_mode: JobMode,
+        make_runner: Callable[[Post, Spawn], Runner],
         guard: GuardLink | None,
     ) -> None:
         self._store = store
         self._lease = lease
         self._nodes = nodes
+        self._job_mode = job_mode
         self._settings = settings
         self._policy = policy
         self._wf_filter = wf_filter
-        self._ground = ground
         self._guard = guard
         self._log = log.get_logger(launcher=lease.launcher_id)
         self._group = asyncio.TaskGroup()
         self._workers: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._handles: dict[int, tuple[Claim, Handle]] = {}
-        self._places = asyncio.Semaphore(settings.max_launches)
+        self._runner = make_runner(self._post, self._spawn)
         self._workflows: list[int] | None = None
         self._is_filter_stale = True
         self._kill_rang = asyncio.Event()
@@ -107,12 +117,16 @@ class Launcher:
         self._doubt = asyncio.Event()
         self._written = asyncio.Event()
         self._recorder = Recorder(lease, self._log, on_written=self._written.set)
+        #: Hardware threads and GPUs of the largest node, as pilots tell.
+        self._largest = (0, 0)
+        #: Why nothing can be run any more.
+        self._failure: LaunchError | None = None
         self._last_signal = -math.inf
         #: What bounds the wait for the last answers, once nothing runs any more.
         self._patience: asyncio.Timeout | None = None
         self._trusted_until = math.inf
         now = runtime.boottime_s()
-        self._dispatcher = Dispatcher(nodes, policy, now=now)
+        self._dispatcher = Dispatcher(self._runner.plan(), policy, now=now)
         self._tally = Tally(nodes=len(nodes), now=now)
 
     async def run(self) -> int:
@@ -126,10 +140,16 @@ class Launcher:
             self._log.info("launcher.leaving", reason=leave.reason)
             if self._guard is not None:
                 self._guard.deadline(math.inf)  # nothing of ours runs: what is left is to report
+            closing = self._group.create_task(self._runner.close())
+            if not leave.is_lost:
+                await self._tell_left_alone()
             is_closed = await self._settle(leave)
+            await closing
             for worker in [*loops, *self._workers]:
                 worker.cancel()
         self._log.info("launcher.ended", **self._tally.summary())
+        if self._failure is not None:
+            raise self._failure
         return 0 if is_closed else 1
 
     def _loops(self) -> list[Coroutine[Any, Any, None]]:
@@ -149,6 +169,8 @@ class Launcher:
             self._reconcile(),
             self._reap(),
             self._tell(),
+            self._runner.run(),
+            self._watch_runner(),
         ]
 
     # ------------------------------------------------------------------ the loop
@@ -159,27 +181,39 @@ class Launcher:
     async def _work(self) -> Leave:
         """Take events and perform effects until the dispatcher says to leave."""
         while True:
-            event = await self._events.get()
+            event: Event | None = await self._events.get()
             self._tally.pass_time(runtime.boottime_s(), self._dispatcher.busy_nodes)
-            effects = self._dispatcher.handle(event)
-            self._log.debug("event.handled", what=event, effects=effects)
-            for effect in effects:
-                if isinstance(effect, Leave):
-                    return effect
-                self._perform(effect)
+            while event is not None:  # hundreds come at once
+                effects = self._dispatcher.handle(event)
+                self._log.debug("event.handled", what=event, effects=effects)
+                for effect in effects:
+                    if isinstance(effect, Leave):
+                        return effect
+                    self._perform(effect)
+                if isinstance(event, PilotJoined):
+                    self._learn_resources(event)
+                event = None if self._events.empty() else self._events.get_nowait()
+
+    def _learn_resources(self, event: PilotJoined) -> None:
+        """Put on record what the largest node has, once pilots tell."""
+        known = (max(self._largest[0], event.node.cores), max(self._largest[1], event.node.gpus))
+        if known != self._largest:
+            self._largest = known
+            self._spawn(self._tell_resources())
+
+    async def _tell_resources(self) -> None:
+        await self._try(self._lease.set_resources(*self._largest))
 
     def _perform(self, effect: Effect) -> None:  # noqa: C901, PLR0912 - a line an effect
         match effect:
             case Ask(room):
                 self._spawn(self._ask(room))
-            case Launch(claim):
-                handle = Handle()
-                self._handles[claim.id] = (claim, handle)
-                self._spawn(self._run_task(effect, handle))
+            case Launch():
+                self._runner.launch(effect)
             case Terminate(task_id, is_forced):
-                if task_id in self._handles:  # else it has ended, and its event is on its way
-                    claim, handle = self._handles[task_id]
-                    self._spawn(taskrun.terminate(claim, handle, self._ground, is_forced=is_forced))
+                self._runner.terminate(task_id, is_forced=is_forced)
+            case Recall(pairs):
+                self._runner.recall(pairs)
             case RecordStart(start):
                 self._recorder.add_start(start)
             case RecordEnd(end):
@@ -205,7 +239,7 @@ class Launcher:
 
     # ------------------------------------------------------------------ effects
 
-    async def _ask(self, room: Room) -> None:
+    async def _ask(self, room: Room | SlotRoom) -> None:
         claims = await self._try(self._claim(room))
         if claims is None:
             await asyncio.sleep(TICK_S)  # the store is away: do not ask again at once
@@ -214,7 +248,7 @@ class Launcher:
         else:
             self._post(Claimed(claims=tuple(claims)))
 
-    async def _claim(self, room: Room) -> list[Claim]:
+    async def _claim(self, room: Room | SlotRoom) -> list[Claim]:
         if self._wf_filter is not None and self._is_filter_stale:
             self._is_filter_stale = False  # first: a ring meanwhile makes it stale again
             try:
@@ -223,17 +257,6 @@ class Launcher:
                 self._is_filter_stale = True
                 raise
         return await self._lease.claim(room, self._workflows)
-
-    async def _run_task(self, launch: Launch, handle: Handle) -> None:
-        claim = launch.claim
-        if await taskrun.unless_ending(handle, self._places.acquire):
-            try:
-                await taskrun.run_task(claim, launch.placement, handle, self._ground, self._post)
-            finally:
-                self._places.release()
-        else:
-            self._post(Skipped(id=claim.id, attempt=claim.attempt, at=runtime.utc_now()))
-        del self._handles[claim.id]
 
     def _record_end(self, end: End) -> None:
         self._recorder.add_end(end)
@@ -254,7 +277,13 @@ class Launcher:
 
     async def _ask_prospect(self) -> None:
         await self._recorder.flush()  # what ended may set others free
-        found = await self._try(self._lease.has_prospect(self._workflows, len(self._nodes)))
+        found = await self._try(
+            self._lease.has_prospect(
+                self._workflows,
+                len(self._nodes),
+                is_serial=self._job_mode is JobMode.SERIAL,
+            )
+        )
         self._post(ProspectTold(has_prospect=found is not False))
 
     async def _try(self, work: Awaitable[T]) -> T | None:
@@ -371,6 +400,12 @@ class Launcher:
             await self._try(self._store.ring())
             await asyncio.sleep(_TELL_S)
 
+    async def _watch_runner(self) -> None:
+        """Leave when nothing can be run any more."""
+        error = await self._runner.failed()
+        self._failure = error
+        self._post(DrainAsked(reason=str(error).partition("\n")[0]))
+
     def _on_signal(self, name: str) -> None:
         now = runtime.boottime_s()
         if now - self._last_signal >= _SAME_SIGNAL_S:
@@ -380,6 +415,18 @@ class Launcher:
                 self._patience.reschedule(asyncio.get_running_loop().time() + TICK_S)
 
     # ------------------------------------------------------------------ the end
+
+    async def _tell_left_alone(self) -> None:
+        """Say which tasks could run, and not here."""
+        try:
+            async with asyncio.timeout(TICK_S):
+                found = await self._try(
+                    self._lease.left_alone(self._dispatcher.whole, self._workflows)
+                )
+        except TimeoutError:
+            return
+        for why, tasks in (found or {}).items():
+            self._log.warning("tasks.left_alone", tasks=tasks, why=_UNFIT[why])
 
     async def _settle(self, leave: Leave) -> bool:
         """Wait until every report has its answer, then close the lease; return whether it is closed.

@@ -18,6 +18,8 @@ class LaunchOptions:
     time_limit_minutes: float | None = None
     #: Use so many nodes of the allocation, or make so many virtual ones on this machine.
     nodes: int | None = None
+    #: So many tasks share a node at least, whatever they say (serial mode).
+    slots_per_node: int = 1
     #: Leave after so long with nothing to do; None is the site's setting.
     idle_timeout_s: float | None = None
     #: Stay when there is nothing to do.

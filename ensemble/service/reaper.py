@@ -12,7 +12,7 @@ import asyncio
 from ensemble.core.leases import Reaping
 from ensemble.core.model import LauncherIdentity
 from ensemble.core.store import Store
-from ensemble.drivers import process
+from ensemble.drivers import process, sweep
 from ensemble.log import get_logger
 
 
@@ -30,12 +30,12 @@ async def reap(store: Store, *, own_lease: int | None = None) -> int:
         if evidence is None:
             continue
         if other.boot_id == me.boot_id:
-            marker = process.marker_prefix(lease_id, other)
-            left = (await asyncio.to_thread(process.sweep_token, marker)).left
+            marker = sweep.marker_prefix(lease_id, other)
+            left = (await asyncio.to_thread(sweep.sweep_token, marker)).left
             if left:
                 log.warning("lease.survivors_left", lease=lease_id, pids=left)
                 continue
-        if await reaping.close(lease_id, state="EXPIRED", evidence=evidence):
+        if await reaping.bury(lease_id, state="EXPIRED", evidence=evidence):
             log.warning("lease.reaped", lease=lease_id, evidence=evidence)
     for lease_id in await reaping.expire():
         log.warning("lease.reaped", lease=lease_id, evidence="silence or its batch job's end")

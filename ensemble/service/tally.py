@@ -34,7 +34,7 @@ class Tally:
         if end.outcome is not Outcome.GIVEN_BACK:
             self._last_end = self._last
 
-    def pass_time(self, now: float, busy_nodes: int) -> None:
+    def pass_time(self, now: float, busy_nodes: float) -> None:
         """Say how many nodes were busy until *now*, in monotonic seconds."""
         if busy_nodes and self._first_start is None:
             self._first_start = self._last

@@ -7,12 +7,14 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 from ensemble.core.events import CouldNotStart, Ended, Skipped, Started
-from ensemble.core.model import Claim, Placement
-from ensemble.drivers import mpi, mpiline, process
+from ensemble.core.model import Claim, Output, Placement
+from ensemble.drivers import mpi, mpiline, output as outputs, process, spawn, taskenv
+from ensemble.drivers.output import Tail
 from ensemble.errors import LaunchError
 from ensemble.service.runtime import utc_now
 
@@ -66,18 +68,19 @@ async def run_task(
     claim: Claim, placement: Placement, handle: Handle, ground: Ground, post: Post
 ) -> None:
     """Launch a task, wait for it, sweep what it left, and post what happened."""
-    output = output_path(claim, ground)
     loop = asyncio.get_running_loop()
+    output: Path | Tail | None = None
     try:
         env = await _prepare(claim, placement, handle, ground)
         if env is None or handle.is_ending():
             post(Skipped(id=claim.id, attempt=claim.attempt, at=utc_now()))
             return
         argv = command_line(claim, placement, ground, env)
-        handle.process = await loop.run_in_executor(
-            ground.executor, lambda: process.start(argv, env=env, cwd=output.parent, output=output)
-        )
+        output = _destination(claim, ground)
+        start = partial(spawn.start, argv, env=env, cwd=ground.site / claim.workdir, output=output)
+        handle.process = await loop.run_in_executor(ground.executor, start)
     except LaunchError as error:
+        _close(output)
         post(CouldNotStart(id=claim.id, attempt=claim.attempt, at=utc_now(), reason=str(error)))
         return
     post(Started(id=claim.id, attempt=claim.attempt, at=utc_now()))
@@ -89,12 +92,11 @@ async def run_task(
     await process.sweep(handle.process, grace_s=0 if handle.is_forced else ground.grace_s)
     # A status that somebody else reaped is unknown: a failure, as it cannot be called a success.
     status = 255 if result.status is None else result.status
+    kept = _close(output)
     error_text = start_error = None
     if status != 0:
-        error_text = await loop.run_in_executor(
-            ground.readers, process.tail, output, ground.error_tail_lines
-        )
-        start_error = _start_error(claim, argv, ground, status, error_text)
+        error_text = await _last_lines(output, kept, ground)
+        start_error = _start_error(claim, argv, ground, status, error_text or "")
     post(
         Ended(
             id=claim.id,
@@ -104,6 +106,7 @@ async def run_task(
             was_signalled=was_signalled,
             start_error=start_error,
             error=error_text,
+            output=kept,
         )
     )
 
@@ -167,6 +170,41 @@ async def _signal_step(claim: Claim, ground: Ground) -> None:
         return
 
 
+# ---------------------------------------------------------------------------- its output
+
+
+def _destination(claim: Claim, ground: Ground) -> Path | Tail | None:
+    """Return where a task's output goes; called on the event loop."""
+    match claim.output:
+        case Output.FILE:
+            return output_path(claim, ground)
+        case Output.TAIL:
+            try:
+                return Tail()
+            except OSError as error:
+                raise LaunchError(f"cannot run {claim.argv[0]}: {error.strerror}") from error
+        case Output.NONE:
+            return None
+        case _:
+            assert_never(claim.output)
+
+
+def _close(output: Path | Tail | None) -> str | None:
+    """Return the end of an output that goes to no file, and forget about it."""
+    return output.close() if isinstance(output, Tail) else None
+
+
+async def _last_lines(output: Path | Tail | None, kept: str | None, ground: Ground) -> str | None:
+    """Return the last lines of what a failed task wrote; None when nothing of it is kept."""
+    lines = ground.error_tail_lines
+    if kept is not None:
+        return outputs.last_lines(kept, lines)
+    if not isinstance(output, Path):
+        return None
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(ground.readers, outputs.tail, output, lines)
+
+
 # ---------------------------------------------------------------------------- what is run
 
 
@@ -200,61 +238,15 @@ async def task_environ(claim: Claim, placement: Placement, ground: Ground) -> di
     """Return a task's whole environment: the launcher's, its app's, its own, and who it is."""
     env = dict(ground.environ)
     if claim.env_script is not None:
-        env = await source(claim.env_script, env)
+        env = await taskenv.source(claim.env_script, env)
     env |= claim.environ
     if claim.threads_per_rank is not None and "OMP_NUM_THREADS" not in claim.environ:
         env["OMP_NUM_THREADS"] = str(claim.threads_per_rank)
     if ground.mpi is not None and is_wrapped(claim, placement, ground):
         env |= mpi.environ_for(ground.mpi.flavor, is_root=os.geteuid() == 0)
-    return env | {
-        "ENSEMBLE_SITE": str(ground.site),
-        "ENSEMBLE_TASK_ID": str(claim.id),
-        "ENSEMBLE_ATTEMPT": str(claim.attempt),
-        "ENSEMBLE_WORKFLOW": claim.workflow,
-        "ENSEMBLE_PARENT_IDS": ",".join(map(str, claim.parent_ids)),
-        "ENSEMBLE_NODES": ",".join(placement.names),
-        "ENSEMBLE_TASK_TOKEN": f"{ground.marker_prefix}{claim.id}.{claim.attempt}",
-    }
-
-
-#: What scripts left, or will have left: the first task that needs one runs it, the others wait.
-_sourced: dict[tuple[str, frozenset[tuple[str, str]]], asyncio.Future[dict[str, str]]] = {}
-
-
-async def source(script: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment that a bash script leaves when it is sourced; run once and remembered.
-
-    Raises:
-        LaunchError: It failed; its last words are in the message. The next task tries again.
-    """
-    key = (script, frozenset(env.items()))
-    while (known := _sourced.get(key)) is not None:
-        if not known.done():
-            await asyncio.wait([known])
-        if not known.cancelled():  # else the task that ran it was killed
-            return dict(known.result())
-    _sourced[key] = answer = asyncio.get_running_loop().create_future()
-    try:
-        answer.set_result(await _source(script, env))
-    except BaseException as error:
-        del _sourced[key]
-        if isinstance(error, LaunchError):
-            answer.set_exception(error)
-            answer.exception()  # there may be nobody else who waits for it
-        else:
-            answer.cancel()
-        raise
-    return dict(answer.result())
-
-
-async def _source(script: str, env: Mapping[str, str]) -> dict[str, str]:
-    done = await process.run(
-        ["bash", "-c", '. "$0" >&2 && exec env -0', script], env=env, timeout_s=300
+    return env | taskenv.identity(
+        claim, site=str(ground.site), nodes=placement.names, marker_prefix=ground.marker_prefix
     )
-    if done.code != 0:
-        last = (process.printable(done.stderr).strip().splitlines() or ["no output"])[-1]
-        raise LaunchError(f"environment script {script} failed with {done.code}: {last}")
-    return dict(item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)
 
 
 def _exported(claim: Claim, env: Mapping[str, str]) -> dict[str, str]:

@@ -285,7 +285,7 @@ def test_every_field_can_be_given(ens):
         "--wall-time-minutes", "6", "--time-limit-minutes", "1.5", "--priority", "-7",
         "--env", "A=1", "--mpi-flag=-x", "--cpu-affinity", "depth", "--max-retries", "8",
         "--no-auto-timeout-retry", "--max-timeouts", "9", "--max-losses", "10", "--tag", "k=v",
-        "--data", '{"a": [1]}', "--", "true",
+        "--output", "tail", "--data", '{"a": [1]}', "--", "true",
     )  # fmt: skip
     found = ens.json("show", str(task))
     expected = {
@@ -293,7 +293,7 @@ def test_every_field_can_be_given(ens):
         "threads_per_rank": 4, "threads_per_core": 2, "gpus_per_rank": 1, "memory_mb": 100,
         "node_packing_count": 5, "wall_time_minutes": 6, "time_limit_minutes": 1.5, "priority": -7,
         "environ": {"A": "1"}, "mpi_flags": ["-x"], "cpu_affinity": "depth", "tags": {"k": "v"},
-        "data": {"a": [1]}, "state": "AWAITING_PARENTS",
+        "data": {"a": [1]}, "state": "AWAITING_PARENTS", "output": "tail",
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     shown = ens("show", str(task))

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class Launched:
         self, site: Site, log: Path, flags: Sequence[str], environ: dict[str, str]
     ) -> None:
         self.log_path = log
+        self.site = site
+        self.is_serial = "--job-mode=serial" in flags
         with log.open("wb") as file:
             self.guard = subprocess.Popen(
                 [
@@ -131,6 +133,37 @@ class Launched:
         """The line in which it sums up."""
         return next(line for line in self.log.splitlines() if "launcher.ended" in line)
 
+    @property
+    def run_directory(self) -> Path:
+        """Where a launcher in serial mode keeps its pilots' papers; known once it has started."""
+        found = re.search(r"launcher=(\d+)", self.log)
+        assert found, self.log
+        return self.site.path / "log" / f"launcher-{found[1]}"
+
+    def events(self, name: str) -> list[dict[str, str]]:
+        """Return what was logged under a name: the keys of each line."""
+        lines = [line for line in self.log.splitlines() if f" {name} " in f"{line} "]
+        return [dict(re.findall(r"(\w+)=('[^']*'|\"[^\"]*\"|\S+)", line)) for line in lines]
+
+    def pilots(self) -> dict[str, int]:
+        """Return the pilots by node, those that joined last."""
+        return {joined["node"]: int(joined["pid"]) for joined in self.events("pilot.joined")}
+
+    def machinery(self) -> dict[int, list[str]]:
+        """Find mpirun, pilots and their guards: they have a path of the run directory as an argument."""
+        run_directory = os.fsencode(self.run_directory)
+        found = {}
+        for stat in proctree.scan().values():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{stat.pid}/cmdline").read_bytes()
+                if run_directory + b"/" in words and not stat.is_zombie:
+                    found[stat.pid] = os.fsdecode(words).split("\0")
+        return found
+
+    def mpiruns(self) -> list[int]:
+        """Return the running mpiruns of pilots."""
+        return [pid for pid in proctree.list_children(self.pid) if pid in self.machinery()]
+
     def kill(self) -> None:
         """End it without ceremony; nothing when it has ended."""
         if self.guard.poll() is None:
@@ -149,14 +182,33 @@ class Ensemble:
         self.store = store
         self.eventually = eventually
         self.launchers: list[Launched] = []
+        for folder in site.path.glob("log/launcher-*/"):
+            shutil.rmtree(folder)  # each test counts its launchers from 1
 
-    def launch(self, *flags: str, nodes: int = 2, **settings: object) -> Launched:
-        """Start a launcher; *settings* are ENSEMBLE_… variables without that prefix."""
+    def launch(
+        self,
+        *flags: str,
+        nodes: int = 2,
+        mode: str = "mpi",
+        variables: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> Launched:
+        """Start a launcher.
+
+        Args:
+            flags: Of the command.
+            nodes: How many virtual nodes.
+            mode: The job mode.
+            variables: What else its environment has.
+            settings: ENSEMBLE_… variables without that prefix.
+        """
         chosen = {**SETTINGS, **{key: str(value) for key, value in settings.items()}}
         environ = {**os.environ, **{f"ENSEMBLE_{key}": value for key, value in chosen.items()}}
+        environ |= variables or {}
         environ.setdefault("ENSEMBLE_MPI_COMMAND", str(MPICH))
         log = self.site.path / "log" / f"launcher-{time.monotonic_ns()}.log"
-        launched = Launched(self.site, log, [f"--nodes={nodes}", *flags], environ)
+        flags = (f"--nodes={nodes}", f"--job-mode={mode}", *flags)
+        launched = Launched(self.site, log, flags, environ)
         self.launchers.append(launched)
         return launched
 
@@ -166,12 +218,21 @@ class Ensemble:
             await self.eventually(lambda: launched.guard.poll() is not None, within_s=within_s)
         status = launched.guard.poll()
         assert status is not None, f"it did not leave:\n{launched.log}"
+        if launched.is_serial and "launcher.started" in launched.log:
+            await self.eventually(lambda: not launched.machinery())
         return status
 
-    async def run(self, *tasks: NewTask, nodes: int = 2, **settings: object) -> list[int]:
+    async def joined(self, launched: Launched, pilots: int = 2) -> dict[str, int]:
+        """Wait until as many pilots have joined, in serial mode; return them by node."""
+        with contextlib.suppress(AssertionError):
+            await self.eventually(lambda: len(launched.events("pilot.joined")) >= pilots, within_s=60)
+        assert len(launched.events("pilot.joined")) >= pilots, launched.log
+        return launched.pilots()
+
+    async def run(self, *tasks: NewTask, nodes: int = 2, **options: Any) -> list[int]:
         """Add tasks and run them all with one launcher, which must end well; return their ids."""
         ids = await self.store.add(tasks)
-        launched = self.launch("--idle-timeout=0", nodes=nodes, **settings)
+        launched = self.launch("--idle-timeout=0", nodes=nodes, **options)
         assert await self.leave(launched) == 0, launched.log
         return ids
 

@@ -141,7 +141,7 @@ async def test_several_claimers_share_no_task_and_leave_none(address, desk):
 async def test_a_claim_under_a_closed_lease_takes_nothing(desk):
     task = await desk.add_one()
     lease = await desk.register()
-    await Reaping(desk.store.pool).close(lease.id, state="EXPIRED", evidence="gone")
+    await Reaping(desk.store.pool).bury(lease.id, state="EXPIRED", evidence="gone")
     with pytest.raises(LeaseLostError, match=f"lease {lease.id} is not active"):
         await take(lease)
     with pytest.raises(LeaseLostError):
@@ -158,7 +158,7 @@ async def test_a_reaper_waits_for_a_claim_and_then_finds_its_tasks(desk, psql, e
             await psql.fetch("SELECT * FROM claim_tasks($1, NULL, 1, 99, 0, 1)", lease.id)
             assert await reaping.expire() == []  # skips it
             await lease.renew()  # is not blocked by the claim
-            closing = group.create_task(reaping.close(lease.id, state="EXPIRED", evidence="gone"))
+            closing = group.create_task(reaping.bury(lease.id, state="EXPIRED", evidence="gone"))
             await eventually(lambda: is_waiting(desk))
         assert await closing
     assert await reaping.release() == 1

@@ -18,7 +18,7 @@ import pytest
 from ensemble.core.database import connect
 from ensemble.core.model import Cause, Outcome
 from ensemble.core.states import State
-from ensemble.drivers import process, proctree
+from ensemble.drivers import process, proctree, sweep
 from tests.integration.launching import BOTH_MPI, WHEEL, Ensemble, path_of, python, sh
 
 pytestmark = WHEEL
@@ -139,7 +139,7 @@ async def test_a_reaper_spares_the_tasks_of_another_site_with_the_same_lease_num
     await ens.reach(State.RUNNING)
     foreign = subprocess.Popen(
         ["sleep", "600"],
-        env={"ENSEMBLE_TASK_TOKEN": process.marker_prefix(lease, process.identity()) + "1.1"},
+        env={"ENSEMBLE_TASK_TOKEN": sweep.marker_prefix(lease, process.identity()) + "1.1"},
     )
     try:
         pid = launched.pid

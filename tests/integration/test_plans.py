@@ -18,6 +18,43 @@ PARAMETERS = {
         "p_minutes": "int",
         "p_limit": "int",
     },
+    "list_kinds": {"p_workflows": "int[]", "p_after": "int", "p_limit": "int"},
+    "leading_kinds": {
+        "p_workflows": "int[]",
+        "p_minutes": "int",
+        "p_limit": "int",
+        "v_priority": "int",
+    },
+    "next_priority": {"p_workflows": "int[]", "p_shapes": "int[]", "p_priority": "int"},
+    "next_fitting_priority": {
+        "p_workflows": "int[]",
+        "p_shapes": "int[]",
+        "p_priority": "int",
+        "p_minutes": "int",
+    },
+    "view_serial": {
+        "p_workflows": "int[]",
+        "p_shapes": "int[]",
+        "p_limits": "int[]",
+        "p_priority": "int",
+        "p_minutes": "int",
+    },
+    "lock_serial": {
+        "p_workflows": "int[]",
+        "p_shapes": "int[]",
+        "p_limits": "int[]",
+        "p_priority": "int",
+        "p_minutes": "int",
+    },
+    "left_alone": {
+        "p_workflows": "int[]",
+        "p_is_serial": "boolean",
+        "p_nodes": "int",
+        "p_gpus": "int[]",
+        "p_memory_mb": "int[]",
+        "p_minutes": "int",
+        "p_limit": "int",
+    },
     "drain_tasks": {"p_lease": "bigint", "p_reason": "text"},
 }
 VALUES = {
@@ -26,6 +63,13 @@ VALUES = {
     "p_nodes": "1",
     "p_minutes": "60",
     "p_limit": "128",
+    "p_after": "0",
+    "p_shapes": "'{1,1}'",
+    "p_limits": "'{100,100}'",
+    "p_is_serial": "true",
+    "p_gpus": "'{0}'",
+    "p_memory_mb": "'{NULL}'",
+    "v_priority": "0",
     "p_lease": "7",
     "p_reason": "'x'",
 }
@@ -81,6 +125,18 @@ async def test_hot_statements_use_their_indexes(crowd):
         ("next_size", 1, "task_runnable_workflow_idx"),
         ("lock_runnable", 0, "task_runnable_idx"),
         ("lock_runnable", 1, "task_runnable_workflow_idx"),
+        ("list_kinds", 0, "task_runnable_serial_idx"),
+        ("list_kinds", 1, "task_runnable_serial_workflow_idx"),
+        ("leading_kinds", 0, "task_runnable_idx"),
+        ("leading_kinds", 1, "task_runnable_workflow_idx"),
+        ("next_priority", 0, "task_runnable_serial_idx"),
+        ("next_priority", 1, "task_runnable_serial_workflow_idx"),
+        ("next_fitting_priority", 0, "task_runnable_serial_idx"),
+        ("view_serial", 0, "task_runnable_serial_idx"),
+        ("view_serial", 1, "task_runnable_serial_workflow_idx"),
+        ("lock_serial", 0, "task_runnable_serial_idx"),
+        ("lock_serial", 1, "task_runnable_serial_workflow_idx"),
+        ("left_alone", 0, "task_runnable_workflow_idx"),
         ("drain_tasks", 0, "task_held_idx"),
     ]
     cases = [
@@ -104,12 +160,54 @@ async def test_hot_statements_use_their_indexes(crowd):
             assert index in used, f"{name}, {mode}: {scans}"
             kinds = {node["Node Type"] for node in nodes if node.get("Relation Name") == "task"}
             assert "Seq Scan" not in kinds, f"{name}, {mode}: {scans}"
+            if "serial" in index:
+                assert kinds <= {"Index Scan", "Index Only Scan"}, f"{name}, {mode}: {scans}"
+
+
+async def blocks(connection, call):
+    for _ in range(2):  # the first reads the catalogue, too
+        text = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM {call}"
+        )
+    plan = json.loads(text)[0]["Plan"]
+    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
 
 
 async def test_a_filtered_claim_reads_little_beside_a_crowd(crowd):
-    for _ in range(2):  # the first reads the catalogue, too
-        text = await crowd.fetchval(
-            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM next_size('{2,3}', 0, 1)"
-        )
-    plan = json.loads(text)[0]["Plan"]
-    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 50
+    assert await blocks(crowd, "next_size('{2,3}', 0, 1)") < 50
+
+
+@pytest.fixture
+async def flood(desk, owner):
+    """One short task, and 10,000 each that are too long, of another shape and of another workflow."""
+    [short] = await desk.add(1, workflow="mine", wall_time_minutes=5, memory_mb=1)
+    [other] = await desk.add(1, workflow="other", memory_mb=2)
+    async with owner.transaction():
+        await owner.execute("ALTER TABLE task DISABLE TRIGGER USER")
+        for like, workflow, minutes in ((short, 1, 99), (other, 1, 5), (short, 2, 5)):
+            await owner.execute(
+                "INSERT INTO task (shape_id, workflow_id, state, wall_time_minutes)"
+                " SELECT (SELECT shape_id FROM task WHERE id = $1), $2, 'PREPROCESSED', $3"
+                " FROM generate_series(1, 10000) n",
+                like,
+                workflow,
+                minutes,
+            )
+        await owner.execute("ALTER TABLE task ENABLE TRIGGER USER")
+    await owner.execute("ANALYZE task")
+    yield owner, short
+    await owner.execute("TRUNCATE task CASCADE")
+
+
+@pytest.mark.parametrize(("workflows", "fitting"), [("'{1}'", 1), ("NULL", 2)])
+async def test_a_serial_claim_reads_little_beside_what_does_not_fit(
+    desk, flood, workflows, fitting
+):
+    owner, short = flood
+    lease = await desk.register()
+    node = "'{1}', '{1}', '{1}', '{8}', '{8}', '{0}', '{1}', '{0}', '{1}'"
+    call = f"claim_serial({lease.id}, {workflows}, 10, 0, 1, 1, {node})"
+    assert await blocks(owner, call) < 300
+    taken = await desk.sql("SELECT array_agg(id) FROM task WHERE lease_id IS NOT NULL")
+    assert short in taken
+    assert len(taken) == fitting

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from ensemble.drivers import process, proctree, tasktree
+from ensemble.drivers import output, process, proctree, spawn, sweep, tasktree
 from ensemble.drivers.process import Exit, Process
 from ensemble.errors import LaunchError
 
@@ -65,7 +65,7 @@ async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> N
 
 def start(work: Path, *argv: str, token: str = TOKEN, **env: str) -> Process:
     environ = {"PATH": os.environ["PATH"], "ENSEMBLE_TASK_TOKEN": token, **env}
-    return process.start(argv, env=environ, cwd=work, output=work / "x.out")
+    return spawn.start(argv, env=environ, cwd=work, output=work / "x.out")
 
 
 def shell(work: Path, script: str, **env: str) -> Process:
@@ -201,7 +201,7 @@ def test_what_cannot_be_started_is_explained_in_one_line(tmp_path: Path) -> None
     def explain(*argv: str, cwd: Path = tmp_path, env: dict[str, str] | None = None) -> str:
         environ = {"PATH": os.environ["PATH"], **(env or {})}
         with pytest.raises(LaunchError) as caught:
-            process.start(argv, env=environ, cwd=cwd, output=tmp_path / "x.out")
+            spawn.start(argv, env=environ, cwd=cwd, output=tmp_path / "x.out")
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -446,13 +446,13 @@ async def test_a_lost_launchers_tasks_are_found_by_their_marker(tmp_path: Path) 
     mine = shell(tmp_path, "setsid sleep 100 & env -i sleep 100 & wait", ENSEMBLE_TASK_TOKEN=TOKEN)
     other = start(tmp_path, "sleep", "100", token=f"{LEASE}1.1.1")
     await eventually(lambda: len(proctree.list_children(mine.pid)) == 2)
-    swept = await asyncio.to_thread(process.sweep_token, f"{LEASE}.")
+    swept = await asyncio.to_thread(sweep.sweep_token, f"{LEASE}.")
     assert swept == (3, ())
     assert (await mine.wait()).signal == signal.SIGKILL
     assert other.exit is None
     await process.end_tree(other, grace_s=5)
     with pytest.raises(ValueError, match="empty prefix"):
-        process.sweep_token("")
+        sweep.sweep_token("")
 
 
 async def test_who_is_alive(tmp_path: Path) -> None:
@@ -473,15 +473,15 @@ async def test_who_is_alive(tmp_path: Path) -> None:
 
 def test_the_tail_is_safe_to_store_and_to_show(tmp_path: Path) -> None:
     path = tmp_path / "x.out"
-    assert process.tail(path, 5) == ""
+    assert output.tail(path, 5) == ""
     path.write_bytes(b"one\ntwo\x00\x07\x1b[31m red\x1b[0m\xff\r\n\tthree\x9b\n10%\r20%\n\n")
-    assert process.tail(path, 2) == "10%\n20%"
-    assert process.tail(path, 100) == "one\ntwo red\ufffd\n\tthree\ufffd\n10%\n20%"
+    assert output.tail(path, 2) == "10%\n20%"
+    assert output.tail(path, 100) == "one\ntwo red\ufffd\n\tthree\ufffd\n10%\n20%"
     path.write_text("x" * 50_000 + "\n" + "line\n" * 10)
-    assert process.tail(path, 3) == "line\nline\nline"
-    assert process.tail(path, 1000, max_bytes=52) == "\n".join(["line"] * 10)
+    assert output.tail(path, 3) == "line\nline\nline"
+    assert output.tail(path, 1000, max_bytes=52) == "\n".join(["line"] * 10)
     path.write_text("é" * 50_000)
-    assert len(process.tail(path, 3, max_bytes=1001)) <= 502
+    assert len(output.tail(path, 3, max_bytes=1001)) <= 502
 
 
 def mpi_argv(name: str) -> list[str]:

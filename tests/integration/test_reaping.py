@@ -17,7 +17,7 @@ def reaping(desk):
 
 
 async def lose(reaping, lease):
-    assert await reaping.close(lease.id, state="EXPIRED", evidence="its process is gone")
+    assert await reaping.bury(lease.id, state="EXPIRED", evidence="its process is gone")
     return await reaping.release()
 
 
@@ -72,8 +72,8 @@ async def test_a_task_lost_once_too_often_fails_and_says_why(desk, reaping):
 
 async def test_a_lease_is_closed_once(desk, reaping):
     lease = await desk.register()
-    assert await reaping.close(lease.id, state="EXPIRED", evidence="first")
-    assert not await reaping.close(lease.id, state="EXPIRED", evidence="second")
+    assert await reaping.bury(lease.id, state="EXPIRED", evidence="first")
+    assert not await reaping.bury(lease.id, state="EXPIRED", evidence="second")
     await lease.close("at last")
     assert await desk.sql("SELECT state || ' ' || evidence FROM lease") == "EXPIRED first"
     assert [r.lease_state for r in await desk.store.launchers(only_live=False)] == ["EXPIRED"]
@@ -134,7 +134,7 @@ async def test_two_reapers_release_each_task_once(desk, reaping):
         lease = await desk.register()
         await desk.add(50)
         await desk.begin(lease)
-        await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+        await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     async with asyncio.TaskGroup() as group:
         results = [group.create_task(reaping.release()) for _ in range(4)]
     released = sum(result.result() for result in results) + await reaping.release()
@@ -146,7 +146,7 @@ async def test_another_reaper_at_work_is_left_alone(desk, reaping, psql):
     lease = await desk.register()
     await desk.add_one()
     await desk.begin(lease)
-    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     async with psql.transaction():
         await psql.execute("SELECT pg_advisory_xact_lock(hashtext('ensemble.reap'))")
         assert await reaping.release() == 0
@@ -157,7 +157,7 @@ async def test_a_release_goes_in_batches_to_its_end(desk, reaping, psql):
     lease = await desk.register()
     await desk.add(25)
     await desk.begin(lease)
-    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     assert await _release_some(psql, lease.id, batch=10) == 25
 
 
@@ -166,7 +166,7 @@ async def test_a_locked_task_or_child_is_released_by_the_next_reaping(desk, reap
     free, locked, parent = await desk.add(3, max_losses=0)
     await desk.begin(lease)
     child = await desk.add_one(parents=[parent])
-    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     async with psql.transaction(), asyncio.timeout(5):
         await psql.execute("SELECT FROM task WHERE id IN ($1, $2) FOR UPDATE", locked, child)
         assert await reaping.release() == 1
@@ -210,7 +210,7 @@ async def test_a_launcher_has_a_prospect_while_what_its_task_waits_for_runs_unde
     wide = await desk.store.workflow_ids("wide")
     assert await lease.has_prospect(wide, 4)
     assert not await lease.has_prospect(wide, 3)
-    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     assert not await lease.has_prospect(None, 1)
     await reaping.release()
 

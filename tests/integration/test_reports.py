@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from ensemble.core.leases import Reaping
-from ensemble.core.model import Cause, End, Outcome, Start, Verdict
+from ensemble.core.model import Cause, End, Outcome, Output, Start, Verdict
 
 
 async def rows(desk, task):
@@ -116,7 +116,7 @@ async def test_a_report_under_a_closed_lease_is_fenced_before_and_after_its_task
     claims += await desk.claim(lease)
     await desk.store.kill([killed])
     reaping = Reaping(desk.store.pool)
-    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     before = [await rows(desk, task) for task in (running, killed, claimed)]
     for claim in claims:
         assert await desk.end(lease, claim) is Verdict.FENCED
@@ -144,6 +144,17 @@ async def test_output_that_text_cannot_hold_does_not_spoil_a_batch(desk):
     ugly = "a\0b\udcffc"
     assert await desk.end(lease, claim, Outcome.ERROR, error=ugly, reason=ugly) == "applied"
     assert (await desk.task(task)).error == "a\N{REPLACEMENT CHARACTER}b?c"
+
+
+async def test_the_end_of_the_output_is_kept_with_the_attempt(desk):
+    lease = await desk.register()
+    task = await desk.add_one(output=Output.TAIL, max_retries=1)
+    [claim] = await desk.begin(lease)
+    assert await desk.end(lease, claim, Outcome.ERROR, output="no\0\n") == "applied"
+    [claim] = await desk.begin(lease)
+    assert await desk.end(lease, claim, output="yes\n") == "applied"
+    outputs = [attempt.output for attempt in (await desk.detail(task)).attempts]
+    assert outputs == ["no\N{REPLACEMENT CHARACTER}\n", "yes\n"]
 
 
 async def test_every_verdict_in_one_batch(desk, psql):

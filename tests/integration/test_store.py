@@ -13,7 +13,7 @@ import pytest
 
 from ensemble.core.database import connect
 from ensemble.core.leases import Reaping
-from ensemble.core.model import Changes, NewTask, Outcome, Selector
+from ensemble.core.model import Changes, NewApp, NewTask, Outcome, Output, Selector
 from ensemble.core.store import CHECKS, Store
 from ensemble.errors import IllegalMoveError, NotFoundError, StoreUnavailableError, UsageError
 from ensemble.site import TASK
@@ -80,6 +80,71 @@ async def test_a_task_can_be_changed_while_nobody_holds_it(desk):
     assert (found.workflow, found.priority, found.tags) == ("w", 5, {"a": "1", "b": "2"})
     with pytest.raises(NotFoundError):
         await desk.store.modify(99, Changes(priority=5))
+
+
+async def test_what_tasks_need_of_a_node_is_on_record_once(desk):
+    needs = [
+        {},
+        {"memory_mb": 7},
+        {"node_packing_count": 3, "threads_per_rank": 2},
+        {"gpus_per_rank": 1},
+    ]
+    before = await desk.sql("SELECT count(*) FROM shape")
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            tasks = [NewTask(command=["true"], **each) for each in needs]
+            group.create_task(desk.store.add(tasks))
+    after = await desk.sql("SELECT count(*) FROM shape")
+    assert after - before <= 3
+    await desk.add(threads_per_core=1)
+    assert await desk.sql("SELECT count(DISTINCT shape_id) FROM task") == 5
+    assert await desk.sql("SELECT shape_id FROM task WHERE id = 1") == 1
+    spec = (await desk.detail(3)).spec
+    assert (spec["threads_per_rank"], spec["memory_mb"], spec["gpus_per_rank"]) == (2, None, 0)
+    assert (await desk.task(3)).node_packing_count == 3
+
+
+@pytest.mark.parametrize(
+    ("of_app", "of_task", "resolved"),
+    [(None, None, "file"), (None, "none", "none"), ("tail", None, "tail"), ("tail", "file", "file")],
+)  # fmt: skip
+async def test_the_output_of_a_task_is_its_own_or_its_apps_or_a_file(
+    desk, of_app, of_task, resolved
+):
+    app = None
+    if of_app is not None:
+        app = "a"
+        await desk.store.add_app(NewApp(name=app, command="true"))
+        found = await desk.store.add_app(
+            NewApp(name=app, command="true", output=Output(of_app)), replace=True
+        )
+        assert (await desk.store.apps())[0] == found
+    command = None if app else ["true"]
+    output = None if of_task is None else Output(of_task)
+    [task] = await desk.store.add([NewTask(app=app, command=command, output=output)])
+    assert (await desk.task(task)).output is Output(resolved)
+    [claim] = await desk.claim(await desk.register())
+    assert claim.output is Output(resolved)
+
+
+async def test_work_directories_may_be_flat(desk):
+    [task] = await desk.store.add([NewTask(command=["true"])], layout="flat")
+    assert (await desk.task(task)).workdir == f"data/true_{task}"
+
+
+async def test_the_largest_node_of_late_is_known(desk, psql):
+    assert await desk.store.most_gpus() is None
+    await desk.register()
+    assert await desk.store.most_gpus() is None
+    await desk.register(node_cores=64, node_gpus=2)
+    other = await desk.register(node_cores=64)
+    assert await desk.store.most_gpus() == 2
+    await other.set_resources(8, 4)
+    assert await desk.store.most_gpus() == 4
+    await other.close("done")
+    assert await desk.store.most_gpus() == 4
+    await psql.execute("UPDATE launcher SET ended_at = now() - interval '31 days' WHERE id = 3")
+    assert await desk.store.most_gpus() == 2
 
 
 # ---------------------------------------------------------------------------- plain SQL
@@ -214,6 +279,7 @@ async def test_tasks_cannot_use_up_the_launchers_connections(site, psql):
 
 PLANTS = {
     "check_orphans": "UPDATE task SET lease_id = 999 WHERE id = 1",
+    "check_shapes": "UPDATE task SET shape_id = 999999 WHERE id = 4",
     "check_open_attempts": "UPDATE attempt SET ended_at = NULL, outcome = NULL WHERE task_id = 2",
     "check_successes": "UPDATE attempt SET outcome = 'done' WHERE task_id = 3",
     "check_overlaps": "INSERT INTO attempt (task_id, attempt, lease_id, claimed_at) "
@@ -271,7 +337,7 @@ async def test_a_random_life_breaks_no_invariant(desk, seed):
             case 8:
                 lease = leases.pop(0)
                 await rng.choice([lease.drain, lease.close])("its time is over")
-                await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+                await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
                 await reaping.release()
                 leases.append(await desk.register())
         assert await desk.store.check() == []

@@ -57,7 +57,7 @@ async def test_parents_that_finish_in_two_transactions_release_the_child(desk, p
     async with psql.transaction():
         await psql.fetch(
             "SELECT * FROM finish_tasks($1, $2, $3, '{done}', '{NULL}', '{NULL}', '{\"\"}',"
-            " '{0}', '{NULL}', '{NULL}', '{NULL}')",
+            " '{0}', '{NULL}', '{NULL}', '{NULL}', '{NULL}')",
             lease.id,
             [first.id],
             [1],
@@ -218,7 +218,7 @@ async def test_a_lost_parent_that_runs_again_keeps_its_children_waiting(desk):
     child = await desk.add_one(parents=[parent])
     await desk.begin(lease)
     reaping = Reaping(desk.store.pool)
-    await reaping.close(lease.id, state="EXPIRED", evidence="gone")
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
     await reaping.release()
     assert await desk.tell(child) == ("AWAITING_PARENTS", 0, False)
 

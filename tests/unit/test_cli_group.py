@@ -85,7 +85,8 @@ def test_help_imports_nothing_heavy():
         (["add", "--from", "/nonexistent.csv"], "/nonexistent.csv"),
         (["launch", "--nodes", "0"], "--nodes"),
         (["launch", "--idle-timeout", "nan"], "expected a number, 0 or more"),
-        (["launch", "--job-mode", "serial"], "this release runs mpi mode only"),
+        (["launch", "--slots-per-node", "2"], "only tasks in serial mode share nodes"),
+        (["add", "--output", "mail", "--", "true"], "'file', 'tail', 'none'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(argv, says, capsys):

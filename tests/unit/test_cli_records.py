@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ensemble.cli.records import build, choose_format, read
-from ensemble.core.model import NewTask
+from ensemble.core.model import NewTask, Output
 from ensemble.errors import UsageError
 
 
@@ -120,6 +120,15 @@ def test_a_malformed_json_line_is_named(text, begin):
 
 def test_a_backslash_before_u0000_is_not_a_nul():
     assert build({"command": ["\\u0000"]}).command == ["\\u0000"]
+
+
+def test_output_is_a_column_and_a_field():
+    found = tasks("output\nnone\ntail\nfile\n \n", command="x")
+    assert [task.output for task in found] == [Output.NONE, Output.TAIL, Output.FILE]
+    (task,) = tasks('{"command": "x", "output": "tail"}', "jsonl", output="none")
+    assert task.output is Output.TAIL
+    assert refusal("output\nTail\n", command="x").startswith("line 2: output is 'Tail': ")
+    assert refusal('{"output": "mail"}', "jsonl", command="x").endswith("; use file, tail, none")
 
 
 def test_text_that_is_not_unicode_is_refused():

@@ -5,9 +5,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given, strategies as st
 
-from ensemble.core.model import Task
+from ensemble.cli.add import _warn_of_gpus
+from ensemble.core.model import JobMode, Launcher, NewTask, Output, Task, TaskDetail
 from ensemble.core.states import State
-from ensemble.render import document, tables, text
+from ensemble.render import document, tables, task as screen, text, waiting
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -19,7 +20,7 @@ def make(**fields) -> Task:
         "node_packing_count": 1, "wall_time_minutes": 0, "time_limit_minutes": None, "priority": 0,
         "attempt": 0, "failures": 0, "timeouts": 0, "losses": 0, "pending_parents": 0,
         "lease_id": None, "exit_code": None, "cause": None, "reason": None, "error": None,
-        "nodes": (), "created_at": NOW - timedelta(hours=2), "started_at": None, "ended_at": None,
+        "output": Output.FILE, "nodes": (), "created_at": NOW - timedelta(hours=2), "started_at": None, "ended_at": None,
         "tags": {},
     }  # fmt: skip
     return Task(**{**values, **fields})
@@ -93,3 +94,71 @@ def test_elapsed_is_the_last_run():
     assert document.elapsed_s(make(started_at=start, ended_at=end), NOW) == 360
     again = make(started_at=start, ended_at=end, state=State.RUNNING)
     assert document.elapsed_s(again, NOW) == 600
+
+
+# ---------------------------------------------------------------------------- one task
+
+
+def detail(task: Task, **spec) -> TaskDetail:
+    return TaskDetail(task=task, spec=spec, parents=(), children=(), attempts=(), events=())
+
+
+def launcher(mode: JobMode, nodes: int = 2, wf_filter: str | None = None) -> Launcher:
+    return Launcher(
+        id=1, lease_id=1, host="h", pid=1, job_mode=mode, wf_filter=wf_filter,
+        nodes=tuple(f"n{i}" for i in range(nodes)), scheduler="slurm", scheduler_job_id="7",
+        lease_state="ACTIVE", started_at=NOW, ended_at=None, last_seen_at=NOW, tasks=0,
+    )  # fmt: skip
+
+
+MPI, SERIAL = launcher(JobMode.MPI), launcher(JobMode.SERIAL)
+
+
+@pytest.mark.parametrize(
+    ("needs", "live", "most_gpus", "says"),
+    [
+        ({}, [MPI], 0, None),
+        ({}, [SERIAL], None, None),
+        ({}, [], None, "no launcher runs"),
+        ({"workflow": "a"}, [launcher(JobMode.MPI, wf_filter="b")], None, "--wf-filter"),
+        ({"workflow": "ab"}, [launcher(JobMode.MPI, wf_filter="b")], None, None),
+        ({"ranks_per_node": 2}, [SERIAL], None, "1 node x 2 ranks: only mpi mode takes it"),
+        ({"num_nodes": 2}, [SERIAL], None, "2 nodes x 1 rank: only mpi mode takes it"),
+        ({"num_nodes": 2}, [SERIAL, MPI], None, None),
+        ({"num_nodes": 3}, [MPI], None, "it needs 3 nodes and the largest launcher has 2"),
+        ({"gpus": 5}, [SERIAL], 4, "it needs 5 GPUs per node"),
+        ({"gpus": 4}, [SERIAL], 4, None),
+        ({"gpus": 5}, [SERIAL], None, None),
+        ({"gpus": 5}, [MPI], 4, None),  # it hands out whole nodes, whatever is in them
+        ({"gpus": 3, "ranks_per_node": 2}, [], 4, "it needs 6 GPUs per node"),
+    ],
+)
+def test_why_a_task_waits(needs, live, most_gpus, says):
+    gpus = needs.pop("gpus", 0)
+    reason = waiting.explain(detail(make(**needs), gpus_per_rank=gpus), live, most_gpus)
+    assert (says in reason) if says else reason is None, reason
+
+
+def test_more_gpus_than_launchers_told_of_are_warned_of():
+    task = NewTask(command="x", gpus_per_rank=3, ranks_per_node=2)
+    assert _warn_of_gpus(task, None) is None
+    assert _warn_of_gpus(task, 6) is None
+    assert "6 asked for" in _warn_of_gpus(task, 5)
+    assert _warn_of_gpus(NewTask(command="x"), 0) is None
+
+
+def test_what_a_task_takes_of_its_node_is_shown(capsys):
+    found = detail(
+        make(node_packing_count=1200, output=Output.TAIL),
+        threads_per_rank=2, threads_per_core=1, gpus_per_rank=1, memory_mb=4096,
+        wait_for_parents=True, params={},
+    )  # fmt: skip
+    screen.show(found, NOW, folder="/x", waits="for you")
+    out = capsys.readouterr().out
+    assert (
+        "1 node x 1 rank, 2 threads per rank, 1 thread per core, 1 GPU per rank, 4,096 MiB of "
+        "memory, 1,200 such tasks share a node\n"
+    ) in out
+    assert "the last 16 kB, when it has ended (ensemble log 1)" in out
+    assert "waits      for you\n" in out
+    assert "gpus_per_rank" not in out

@@ -30,6 +30,7 @@ from ensemble.core.events import (
     WorkRang,
 )
 from ensemble.core.model import Cause, Claim, Node, Outcome, Room
+from ensemble.core.wholenodes import WholeNodes
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 LATER = AT + timedelta(seconds=90)
@@ -40,7 +41,7 @@ class Brain:
 
     def __init__(self, nodes: int = 2, *, now: float = 0.0, **policy):
         names = [Node(name=f"n{i}", cores=4) for i in range(nodes)]
-        self.inner = Dispatcher(names, Policy(**policy), now=now)
+        self.inner = Dispatcher(WholeNodes(names), Policy(**policy), now=now)
 
     def __call__(self, event):
         effects = self.inner.handle(event)

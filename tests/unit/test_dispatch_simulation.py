@@ -38,6 +38,7 @@ from ensemble.core.events import (
     WorkRang,
 )
 from ensemble.core.model import Claim, Node, Outcome, Room
+from ensemble.core.wholenodes import WholeNodes
 
 EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 STATUSES = (0, 0, 1, 143, 137, 130)
@@ -98,7 +99,7 @@ class World:
 
     def __post_init__(self):
         names = [Node(name=f"n{i}", cores=4) for i in range(self.nodes)]
-        self.brain = Dispatcher(names, self.policy, now=self.now)
+        self.brain = Dispatcher(WholeNodes(names), self.policy, now=self.now)
         self.queue.append(WorkRang())
 
     # ---------------------------------------------------------------- effects

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from ensemble.core import submission
-from ensemble.core.model import App, Changes, NewApp, NewTask
+from ensemble.core.model import App, Changes, NewApp, NewTask, Output
 from ensemble.errors import UsageError
 
 APP = App(
@@ -147,6 +148,7 @@ def test_a_field_of_the_wrong_type_is_named():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_nodes", 0), ("num_nodes", 2**31), ("ranks_per_node", 0), ("node_packing_count", 0),
+     ("node_packing_count", 1_000_001), ("threads_per_rank", 0), ("threads_per_core", 0),
      ("wall_time_minutes", -1), ("max_retries", -1), ("gpus_per_rank", -1), ("memory_mb", 0),
      ("priority", 2**31), ("time_limit_minutes", 0.0), ("time_limit_minutes", float("nan")),
      ("time_limit_minutes", 1e9), ("parents", [0]), ("parents", [2**63])],
@@ -186,7 +188,7 @@ def test_changes_are_checked_like_tasks():
 @pytest.mark.parametrize(
     "fields",
     [{"name": "a/b"}, {"command": ""}, {"command": "a\0"}, {"description": "\0"}, {"env_script": "\0"},
-     {"preprocess": "x"}, {"postprocess": "x"}, {"environ": {"=": ""}}],
+     {"preprocess": "x"}, {"postprocess": "x"}, {"environ": {"=": ""}}, {"output": "x"}],
 )  # fmt: skip
 def test_apps_are_checked(fields):
     submission.check_app(NewApp(name="a", command="x"))
@@ -262,5 +264,19 @@ def test_siblings_are_the_named_parents():
     assert submission.siblings(task, ["a", "b"]) == [1, 0]
 
 
-def test_work_directories_are_a_thousand_to_a_directory():
+def test_work_directories_are_a_thousand_to_a_directory_or_flat():
     assert submission.workdir(41_007, "dock") == "data/41/dock_41007"
+    assert submission.workdir(41_007, "dock", "flat") == "data/dock_41007"
+
+
+# ------------------------------------------------------------------ output
+
+
+def test_the_output_is_the_tasks_or_the_apps_or_a_file():
+    tail = {"dock": replace(APP, output=Output.TAIL)}
+    task = NewTask(app="dock", params={"conf": "x"})
+    assert submission.resolve(task, {"dock": APP}).output is Output.FILE
+    assert submission.resolve(task, tail).output is Output.TAIL
+    assert resolve(command="x").output is Output.FILE
+    assert resolve(command="x", output="none").output is Output.NONE
+    assert "output" in refusal(command="x", output="nowhere")

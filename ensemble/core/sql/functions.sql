@@ -44,6 +44,13 @@ LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
    WHERE t.id = l.id
 $$;
 
+-- has_children(ids): whether anything waits for them.
+CREATE OR REPLACE FUNCTION has_children(p_ids bigint[]) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  RETURN EXISTS (SELECT 1 FROM task_parent WHERE parent_id = ANY (p_ids) AND waits);
+END $$;
+
 -- task_moved(): for every writer, psql included: refuses an illegal move, writes the history, rings
 -- the bell on a kill, and tells the descendants. Children are handled by statements of their own,
 -- that is, with a snapshot taken after the parents were locked: a child that was being added
@@ -102,10 +109,11 @@ BEGIN
   IF v_kill THEN
     PERFORM pg_notify('ensemble_kill', '');
   END IF;
-  IF v_done IS NOT NULL THEN
+  -- Most tasks have no children.
+  IF v_done IS NOT NULL AND has_children(v_done) THEN
     PERFORM release_children(v_done);
   END IF;
-  IF v_dead IS NOT NULL THEN
+  IF v_dead IS NOT NULL AND has_children(v_dead) THEN
     PERFORM fail_descendants(v_dead);
   END IF;
   RETURN NULL;
@@ -194,7 +202,8 @@ END $$;
 -- register_launcher(...): a launcher and its lease; nodes of one batch job serve one launcher.
 CREATE OR REPLACE FUNCTION register_launcher(
   p_identity jsonb, p_version text, p_job_mode text, p_wf_filter text, p_nodes text[],
-  p_scheduler text, p_scheduler_job_id text, p_restart_count int, p_left interval, p_ttl interval
+  p_scheduler text, p_scheduler_job_id text, p_restart_count int, p_left interval, p_ttl interval,
+  p_node_cores int, p_node_gpus int, p_linger interval
 ) RETURNS TABLE (launcher_id bigint, lease_id bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 DECLARE
@@ -216,16 +225,16 @@ BEGIN
   END IF;
   INSERT INTO launcher (host, boot_id, machine_id, pid_namespace, pid, start_ticks, guard_pid,
                         guard_start_ticks, version, job_mode, wf_filter, nodes, scheduler,
-                        scheduler_job_id, restart_count, ends_at)
+                        scheduler_job_id, restart_count, ends_at, node_cores, node_gpus)
   VALUES (p_identity->>'host', p_identity->>'boot_id', p_identity->>'machine_id',
           p_identity->>'pid_namespace',
           (p_identity->>'pid')::int, (p_identity->>'start_ticks')::bigint,
           (p_identity->>'guard_pid')::int, (p_identity->>'guard_start_ticks')::bigint,
           p_version, p_job_mode, p_wf_filter, p_nodes, p_scheduler, p_scheduler_job_id,
-          p_restart_count, clock_timestamp() + p_left)
+          p_restart_count, clock_timestamp() + p_left, p_node_cores, p_node_gpus)
   RETURNING id INTO v_launcher;
-  INSERT INTO lease (launcher_id, ttl, expires_at)
-  VALUES (v_launcher, p_ttl, clock_timestamp() + p_ttl)
+  INSERT INTO lease (launcher_id, ttl, expires_at, linger)
+  VALUES (v_launcher, p_ttl, clock_timestamp() + p_ttl, p_linger)
   RETURNING id INTO v_lease;
   RETURN QUERY SELECT v_launcher, v_lease;
 END $$;
@@ -244,6 +253,24 @@ BEGIN
   UPDATE launcher r SET ended_at = clock_timestamp(), end_reason = p_evidence
     FROM lease l WHERE l.id = p_lease AND r.id = l.launcher_id;
   RETURN true;
+END $$;
+
+-- bury_launcher(lease, state, evidence): the launcher is certainly gone. Its lease ends with it; or, where
+-- pilots of it may live on other hosts, once the last of them must have ended.
+CREATE OR REPLACE FUNCTION bury_launcher(p_lease bigint, p_state text, p_evidence text)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_linger interval;
+BEGIN
+  SELECT linger INTO v_linger FROM lease WHERE id = p_lease AND state = 'ACTIVE' FOR UPDATE;
+  IF NOT FOUND OR v_linger = '0' THEN
+    RETURN close_lease(p_lease, p_state, p_evidence);
+  END IF;
+  UPDATE lease
+     SET ttl = least(ttl, linger), expires_at = least(expires_at, clock_timestamp() + linger)
+   WHERE id = p_lease;
+  RETURN false;
 END $$;
 
 -- expire_leases(): closes leases whose launcher was silent for its whole ttl, or whose batch job
@@ -275,6 +302,44 @@ BEGIN
 END $$;
 
 -- ------------------------------------------------------------------------------- claim
+
+-- What a claim hands over: all that it takes to run a task.
+DROP TYPE IF EXISTS claimed CASCADE;
+CREATE TYPE claimed AS (
+  id bigint, attempt int, name text, workflow text, app text, argv text[], workdir text,
+  num_nodes int, ranks_per_node int, threads_per_rank int, threads_per_core int,
+  gpus_per_rank int, memory_mb int, node_packing_count int, wall_time_minutes int,
+  time_limit_minutes double precision, output text, environ jsonb, env_script text,
+  mpi_flags text[], cpu_affinity text, parent_ids bigint[]
+);
+
+-- hand_over(lease, ids): takes what a claim has locked, opens the attempts, and returns the tasks
+-- in claim order: one round trip for all.
+CREATE OR REPLACE FUNCTION hand_over(p_lease bigint, p_ids bigint[]) RETURNS SETOF claimed
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  RETURN QUERY
+    WITH taken AS (
+      UPDATE task t SET lease_id = p_lease, attempt = t.attempt + 1
+       WHERE t.id = ANY (p_ids)
+      RETURNING t.id, t.attempt, t.workflow_id, t.app_id, t.shape_id, t.num_nodes, t.ranks_per_node,
+                t.wall_time_minutes, t.priority
+    ), opened AS (
+      INSERT INTO attempt (task_id, attempt, lease_id)
+      SELECT k.id, k.attempt, p_lease FROM taken k
+    )
+    SELECT k.id, k.attempt, s.name, w.name, a.name, s.argv, s.workdir, k.num_nodes,
+           k.ranks_per_node, n.threads_per_rank, n.threads_per_core, n.gpus_per_rank, n.memory_mb,
+           n.node_packing_count, k.wall_time_minutes, s.time_limit_minutes, s.output, s.environ,
+           s.env_script, s.mpi_flags, s.cpu_affinity,
+           ARRAY (SELECT p.parent_id FROM task_parent p WHERE p.child_id = k.id ORDER BY 1)
+      FROM taken k
+      JOIN task_spec s ON s.task_id = k.id
+      JOIN workflow w ON w.id = k.workflow_id
+      JOIN shape n ON n.id = k.shape_id
+      LEFT JOIN app a ON a.id = k.app_id
+     ORDER BY k.priority DESC, k.num_nodes DESC, k.wall_time_minutes DESC, k.id;
+END $$;
 
 -- next_size(workflows, priority, nodes): the first (priority, num_nodes) of runnable tasks
 -- at or after the given one in claim order: one descent of an index per workflow.
@@ -341,18 +406,10 @@ END $$;
 
 -- claim_tasks(lease, workflows, nodes, minutes, ahead, limit): for whole free nodes, the best tasks
 -- that fit: priority, then larger, then longer; and up to `ahead` single-node tasks more, to start
--- as nodes become free. Exact greedy order; locks little more than it takes. All that it takes to
--- run them comes back with them, in claim order: one round trip.
-DROP FUNCTION IF EXISTS claim_tasks(bigint, int[], int, int, int);
+-- as nodes become free. Exact greedy order; locks little more than it takes.
 CREATE OR REPLACE FUNCTION claim_tasks(
   p_lease bigint, p_workflows int[], p_nodes int, p_minutes int, p_ahead int, p_limit int
-) RETURNS TABLE (
-  id bigint, attempt int, name text, workflow text, app text, argv text[], workdir text,
-  num_nodes int, ranks_per_node int, threads_per_rank int, threads_per_core int,
-  gpus_per_rank int, node_packing_count int, wall_time_minutes int,
-  time_limit_minutes double precision, environ jsonb, env_script text, mpi_flags text[],
-  cpu_affinity text, parent_ids bigint[]
-)
+) RETURNS SETOF claimed
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
@@ -402,29 +459,445 @@ BEGIN
       v_nodes := 2147483647;
     END IF;
   END LOOP;
-  IF cardinality(v_ids) = 0 THEN
-    RETURN;
+  IF v_ids <> '{}' THEN
+    RETURN QUERY SELECT * FROM hand_over(p_lease, v_ids);
   END IF;
-  RETURN QUERY
-    WITH taken AS (
-      UPDATE task t SET lease_id = p_lease, attempt = t.attempt + 1
-       WHERE t.id = ANY (v_ids)
-      RETURNING t.*
-    ), opened AS (
-      INSERT INTO ensemble.attempt (task_id, attempt, lease_id)
-      SELECT k.id, k.attempt, p_lease FROM taken k
-    )
-    SELECT k.id, k.attempt, s.name, w.name, a.name, s.argv, s.workdir, k.num_nodes,
-           k.ranks_per_node, s.threads_per_rank, s.threads_per_core, s.gpus_per_rank,
-           k.node_packing_count, k.wall_time_minutes, s.time_limit_minutes, s.environ,
-           s.env_script, s.mpi_flags, s.cpu_affinity,
-           ARRAY (SELECT p.parent_id FROM task_parent p WHERE p.child_id = k.id ORDER BY 1)
-      FROM taken k
-      JOIN task_spec s ON s.task_id = k.id
-      JOIN ensemble.workflow w ON w.id = k.workflow_id
-      LEFT JOIN ensemble.app a ON a.id = k.app_id
-     ORDER BY k.priority DESC, k.num_nodes DESC, k.wall_time_minutes DESC, k.id;
 END $$;
+
+-- ------------------------------------------------------------------------------- claim, serial mode
+-- Tasks of one rank share nodes. What such a task needs of its node is its shape; a kind is a
+-- shape, of one workflow where the claim is filtered. Claim order is priority, longer, older.
+-- `greatest(num_nodes, ranks_per_node) = 1` is written as the serial indexes have it: no other index can
+-- serve that, and one by shape is the only one that does not read what is of other shapes.
+
+-- list_kinds(workflows, after, limit): the kinds of what can run, by shape, from the first shape
+-- above `after`: one descent of the index a kind.
+CREATE OR REPLACE FUNCTION list_kinds(p_workflows int[], p_after int, p_limit int)
+RETURNS TABLE (workflow_id int, shape_id int)
+LANGUAGE plpgsql STABLE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+  IF p_workflows IS NULL THEN
+    RETURN QUERY
+      WITH RECURSIVE kind (shape_id) AS (
+        SELECT p_after
+         UNION ALL
+        SELECT n.shape_id FROM kind k CROSS JOIN LATERAL (
+          SELECT t.shape_id FROM task t
+           WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+             AND greatest(t.num_nodes, t.ranks_per_node) = 1 AND t.shape_id > k.shape_id
+           ORDER BY t.shape_id, t.priority DESC, t.wall_time_minutes DESC, t.id
+           LIMIT 1) n
+      )
+      SELECT NULL::int, k.shape_id FROM kind k OFFSET 1 LIMIT p_limit;
+  ELSE
+    RETURN QUERY
+      SELECT w.id, s.shape_id
+        FROM unnest(p_workflows) AS w (id)
+       CROSS JOIN LATERAL (
+         WITH RECURSIVE kind (shape_id) AS (
+           SELECT p_after
+            UNION ALL
+           SELECT n.shape_id FROM kind k CROSS JOIN LATERAL (
+             SELECT t.shape_id FROM task t
+              WHERE t.workflow_id = w.id
+                AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+                AND greatest(t.num_nodes, t.ranks_per_node) = 1 AND t.shape_id > k.shape_id
+              ORDER BY t.shape_id, t.priority DESC, t.wall_time_minutes DESC, t.id
+              LIMIT 1) n
+         )
+         SELECT k.shape_id FROM kind k OFFSET 1 LIMIT p_limit) s
+       LIMIT p_limit;
+  END IF;
+END $$;
+
+-- leading_kinds(workflows, minutes, limit): the kinds of the first so many tasks in claim order.
+CREATE OR REPLACE FUNCTION leading_kinds(p_workflows int[], p_minutes int, p_limit int)
+RETURNS TABLE (workflow_id int, shape_id int)
+LANGUAGE plpgsql STABLE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+  v_priority int := 2147483647;
+  v_found int := 0;
+  v_more int;
+BEGIN
+  FOR probe IN 1..50 LOOP
+    SELECT s.priority INTO v_priority FROM next_size(p_workflows, v_priority, 1) s;
+    EXIT WHEN NOT FOUND;
+    IF p_workflows IS NULL THEN
+      RETURN QUERY
+        SELECT NULL::int, x.shape_id
+          FROM (SELECT t.shape_id, t.ranks_per_node FROM task t
+                 WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+                   AND t.priority = v_priority AND t.num_nodes = 1
+                   AND t.wall_time_minutes <= p_minutes
+                 ORDER BY t.wall_time_minutes DESC, t.id
+                 LIMIT p_limit) x
+         WHERE x.ranks_per_node = 1;
+    ELSE
+      RETURN QUERY
+        SELECT x.workflow_id, x.shape_id
+          FROM unnest(p_workflows) AS w (id)
+         CROSS JOIN LATERAL (
+           SELECT t.workflow_id, t.shape_id, t.ranks_per_node FROM task t
+            WHERE t.workflow_id = w.id
+              AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+              AND t.priority = v_priority AND t.num_nodes = 1
+              AND t.wall_time_minutes <= p_minutes
+            ORDER BY t.wall_time_minutes DESC, t.id
+            LIMIT greatest(p_limit / cardinality(p_workflows), 4)) x
+         WHERE x.ranks_per_node = 1;
+    END IF;
+    GET DIAGNOSTICS v_more = ROW_COUNT;
+    v_found := v_found + v_more;
+    EXIT WHEN v_found >= p_limit OR v_priority = -2147483648;
+    v_priority := v_priority - 1;
+  END LOOP;
+END $$;
+
+-- claimable_kinds(workflows, minutes): the kinds to choose from: all, or where these are too many to
+-- look at each, those of the first thousand tasks and some others by chance, so that what does not
+-- fit hides nothing for good.
+CREATE OR REPLACE FUNCTION claimable_kinds(p_workflows int[], p_minutes int)
+RETURNS TABLE (workflow_id int, shape_id int)
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+  v_workflows int[];
+  v_shapes int[];
+BEGIN
+  SELECT array_agg(k.workflow_id), array_agg(k.shape_id) INTO v_workflows, v_shapes
+    FROM list_kinds(p_workflows, 0, 513) k;
+  IF cardinality(v_shapes) > 512 THEN
+    RETURN QUERY
+      SELECT k.workflow_id, k.shape_id FROM leading_kinds(p_workflows, p_minutes, 1000) k
+       UNION
+      SELECT k.workflow_id, k.shape_id
+        FROM list_kinds((SELECT array_agg(w ORDER BY random()) FROM unnest(p_workflows) w),
+                        (random() * (SELECT max(s.id) FROM shape s))::int, 64) k;
+  ELSE
+    RETURN QUERY SELECT * FROM unnest(v_workflows, v_shapes);
+  END IF;
+END $$;
+
+-- next_priority(workflows, shapes, priority): the first one at or below it among runnable tasks of these
+-- kinds.
+CREATE OR REPLACE FUNCTION next_priority(p_workflows int[], p_shapes int[], p_priority int)
+RETURNS TABLE (priority int)
+LANGUAGE plpgsql STABLE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+  IF p_workflows IS NULL THEN
+    RETURN QUERY
+      SELECT n.priority
+        FROM unnest(p_shapes) AS k (shape_id)
+       CROSS JOIN LATERAL (
+         SELECT t.priority FROM task t
+          WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND greatest(t.num_nodes, t.ranks_per_node) = 1
+            AND t.shape_id = k.shape_id AND t.priority <= p_priority
+          ORDER BY t.priority DESC, t.wall_time_minutes DESC, t.id
+          LIMIT 1) n
+       ORDER BY n.priority DESC
+       LIMIT 1;
+  ELSE
+    RETURN QUERY
+      SELECT n.priority
+        FROM unnest(p_workflows, p_shapes) AS k (workflow_id, shape_id)
+       CROSS JOIN LATERAL (
+         SELECT t.priority FROM task t
+          WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND greatest(t.num_nodes, t.ranks_per_node) = 1
+            AND t.workflow_id = k.workflow_id
+            AND t.shape_id = k.shape_id AND t.priority <= p_priority
+          ORDER BY t.priority DESC, t.wall_time_minutes DESC, t.id
+          LIMIT 1) n
+       ORDER BY n.priority DESC
+       LIMIT 1;
+  END IF;
+END $$;
+
+-- next_fitting_priority(workflows, shapes, priority, minutes): the same, of tasks that still fit the time:
+-- may read all those that do not.
+CREATE OR REPLACE FUNCTION next_fitting_priority(
+  p_workflows int[], p_shapes int[], p_priority int, p_minutes int
+) RETURNS TABLE (priority int)
+LANGUAGE sql STABLE SET search_path = ensemble, pg_temp AS $$
+  SELECT max(n.priority)
+    FROM unnest(p_workflows, p_shapes) AS k (workflow_id, shape_id)
+   CROSS JOIN LATERAL (
+     SELECT t.priority FROM task t
+      WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+        AND greatest(t.num_nodes, t.ranks_per_node) = 1
+        AND (k.workflow_id IS NULL OR t.workflow_id = k.workflow_id)
+        AND t.shape_id = k.shape_id AND t.priority <= p_priority
+        AND t.wall_time_minutes <= p_minutes
+      ORDER BY t.priority DESC, t.wall_time_minutes DESC, t.id
+      LIMIT 1) n
+$$;
+
+-- view_serial(workflows, shapes, limits, priority, minutes): the longest runnable tasks of each
+-- kind, of one priority, that still fit the time; `place` is the kind's.
+CREATE OR REPLACE FUNCTION view_serial(
+  p_workflows int[], p_shapes int[], p_limits int[], p_priority int, p_minutes int
+) RETURNS TABLE (place int, id bigint, wall_time_minutes int)
+LANGUAGE plpgsql STABLE SET search_path = ensemble, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+  IF p_workflows IS NULL THEN
+    RETURN QUERY
+      SELECT k.place::int, s.id, s.wall_time_minutes
+        FROM unnest(p_shapes, p_limits) WITH ORDINALITY AS k (shape_id, most, place)
+       CROSS JOIN LATERAL (
+         SELECT t.id, t.wall_time_minutes FROM task t
+          WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND greatest(t.num_nodes, t.ranks_per_node) = 1
+            AND t.shape_id = k.shape_id AND t.priority = p_priority
+            AND t.wall_time_minutes <= p_minutes
+          ORDER BY t.wall_time_minutes DESC, t.id
+          LIMIT k.most) s
+       WHERE k.most > 0
+       ORDER BY s.wall_time_minutes DESC, s.id;
+  ELSE
+    RETURN QUERY
+      SELECT k.place::int, s.id, s.wall_time_minutes
+        FROM unnest(p_workflows, p_shapes, p_limits)
+             WITH ORDINALITY AS k (workflow_id, shape_id, most, place)
+       CROSS JOIN LATERAL (
+         SELECT t.id, t.wall_time_minutes FROM task t
+          WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND greatest(t.num_nodes, t.ranks_per_node) = 1
+            AND t.workflow_id = k.workflow_id
+            AND t.shape_id = k.shape_id AND t.priority = p_priority
+            AND t.wall_time_minutes <= p_minutes
+          ORDER BY t.wall_time_minutes DESC, t.id
+          LIMIT k.most) s
+       WHERE k.most > 0
+       ORDER BY s.wall_time_minutes DESC, s.id;
+  END IF;
+END $$;
+
+-- lock_serial(workflows, shapes, limits, priority, minutes): the same, locked; what somebody else
+-- has locked is skipped.
+CREATE OR REPLACE FUNCTION lock_serial(
+  p_workflows int[], p_shapes int[], p_limits int[], p_priority int, p_minutes int
+) RETURNS SETOF bigint
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+BEGIN
+  IF p_workflows IS NULL THEN
+    RETURN QUERY
+      SELECT s.id
+        FROM unnest(p_shapes, p_limits) AS k (shape_id, most)
+       CROSS JOIN LATERAL (
+         SELECT t.id FROM task t
+          WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND greatest(t.num_nodes, t.ranks_per_node) = 1
+            AND t.shape_id = k.shape_id AND t.priority = p_priority
+            AND t.wall_time_minutes <= p_minutes
+          ORDER BY t.wall_time_minutes DESC, t.id
+          LIMIT k.most
+            FOR NO KEY UPDATE SKIP LOCKED) s
+       WHERE k.most > 0;
+  ELSE
+    RETURN QUERY
+      SELECT s.id
+        FROM unnest(p_workflows, p_shapes, p_limits) AS k (workflow_id, shape_id, most)
+       CROSS JOIN LATERAL (
+         SELECT t.id FROM task t
+          WHERE t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+            AND greatest(t.num_nodes, t.ranks_per_node) = 1
+            AND t.workflow_id = k.workflow_id
+            AND t.shape_id = k.shape_id AND t.priority = p_priority
+            AND t.wall_time_minutes <= p_minutes
+          ORDER BY t.wall_time_minutes DESC, t.id
+          LIMIT k.most
+            FOR NO KEY UPDATE SKIP LOCKED) s
+       WHERE k.most > 0;
+  END IF;
+END $$;
+
+-- claim_serial(lease, workflows, minutes, ahead, limit, slots, free nodes..., whole nodes...): for the
+-- free parts of nodes, the best tasks of one rank that fit, and up to `ahead` more that would fit a
+-- node with nothing else on it. A task takes 1/greatest(node_packing_count, slots) of its node;
+-- that part, as a fraction, its cores, GPUs and memory must be free on one node. How many tasks of
+-- one shape fit is exact. Several shapes share what is free by sums over all nodes: which task
+-- goes where is the launcher's to say, and it gives back what fragments keep out. The first task
+-- taken always has a place, so this cannot go on without progress.
+CREATE OR REPLACE FUNCTION claim_serial(
+  p_lease bigint, p_workflows int[], p_minutes int, p_ahead int, p_limit int, p_slots int,
+  p_nodes int[], p_numerator bigint[], p_denominator bigint[], p_cores int[], p_all_cores int[],
+  p_gpus int[], p_memory_mb int[], p_whole_gpus int[], p_whole_memory_mb int[]
+) RETURNS SETOF claimed
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_ids bigint[] := '{}';
+  v_more bigint[];
+  v_left int := p_limit;
+  v_ahead int := p_ahead;
+  -- By kind: what it is, where in these arrays its shape comes first, and what a task takes.
+  v_workflows int[];
+  v_shapes int[];
+  v_first int[];
+  v_fits int[];
+  v_parts numeric[];
+  v_task_cores int[];
+  v_task_gpus int[];
+  v_task_mb int[];
+  -- What is free, over all nodes.
+  v_part numeric;
+  v_cores bigint;
+  v_gpus bigint;
+  v_mb bigint;
+  v_quota int[];
+  v_priority int := 2147483647;
+  v_probes int := 0;
+  v record;
+  i int;
+  f int;
+BEGIN
+  IF NOT is_lease_active(p_lease) THEN
+    RAISE EXCEPTION 'lease % is not active', p_lease USING ERRCODE = 'EN001';
+  END IF;
+  -- A billionth more than there is: a sum of rounded parts must not miss the last one.
+  SELECT coalesce(sum(n.nodes * n.numerator::numeric / n.denominator), 0) + 1e-9,
+         coalesce(sum(n.nodes::bigint * n.cores), 0), coalesce(sum(n.nodes::bigint * n.gpus), 0),
+         CASE WHEN bool_and(n.mb IS NOT NULL) THEN sum(n.nodes::bigint * n.mb) END
+    INTO v_part, v_cores, v_gpus, v_mb
+    FROM unnest(p_nodes, p_numerator, p_denominator, p_cores, p_gpus, p_memory_mb)
+         AS n (nodes, numerator, denominator, cores, gpus, mb);
+  SELECT array_agg(x.workflow_id), array_agg(x.shape_id), array_agg(x.place), array_agg(x.fits),
+         array_agg(x.part), array_agg(x.cores), array_agg(x.gpus), array_agg(x.mb)
+    INTO v_workflows, v_shapes, v_first, v_fits, v_parts, v_task_cores, v_task_gpus, v_task_mb
+    FROM (SELECT k.workflow_id, k.shape_id, least(n.fits, 2147483647)::int AS fits,
+                 1.0 / m.packing AS part, n.cores, s.gpus_per_rank AS gpus,
+                 CASE WHEN v_mb IS NULL THEN 0 ELSE coalesce(s.memory_mb, 0) END AS mb,
+                 rank() OVER (ORDER BY k.shape_id)::int AS place
+            FROM claimable_kinds(p_workflows, p_minutes) k
+            JOIN shape s ON s.id = k.shape_id
+           CROSS JOIN LATERAL (
+             SELECT greatest(s.node_packing_count, p_slots) AS packing,
+                    (s.threads_per_rank - 1) / coalesce(s.threads_per_core, 1) + 1 AS cores) m
+           CROSS JOIN LATERAL (
+             SELECT coalesce(sum(c.nodes * least(div(c.numerator::numeric * m.packing, c.denominator),
+                                                 c.cores / nullif(c.wanted, 0),
+                                                 c.gpus / nullif(s.gpus_per_rank, 0),
+                                                 c.mb / s.memory_mb)), 0) AS fits,
+                    coalesce(min(c.wanted), 0) AS cores
+               FROM (SELECT e.*, least(coalesce(m.cores, e.all_cores / m.packing), e.all_cores) AS wanted
+                       FROM unnest(p_nodes, p_numerator, p_denominator, p_cores, p_all_cores, p_gpus,
+                                   p_memory_mb)
+                            AS e (nodes, numerator, denominator, cores, all_cores, gpus, mb)) c) n
+           WHERE n.fits > 0
+              OR (p_ahead > 0 AND EXISTS (
+                    SELECT 1 FROM unnest(p_whole_gpus, p_whole_memory_mb) AS o (gpus, mb)
+                     WHERE o.gpus >= s.gpus_per_rank AND coalesce(o.mb >= s.memory_mb, true)))
+           ORDER BY k.shape_id) x;
+  IF p_workflows IS NULL THEN
+    v_workflows := NULL;
+  END IF;
+  -- No part of a node is smaller than a millionth.
+  WHILE v_left > 0 AND v_shapes IS NOT NULL AND v_probes < 250
+        AND (v_ahead > 0 OR v_part >= 1e-6) LOOP
+    v_probes := v_probes + 1;
+    IF v_probes = 200 THEN
+      -- So many priorities, and nothing that fits: one walk along the index to what does.
+      EXIT WHEN v_ids <> '{}';
+      SELECT n.priority INTO v_priority
+        FROM next_fitting_priority(v_workflows, v_shapes, v_priority, p_minutes) n;
+    ELSE
+      SELECT n.priority INTO v_priority FROM next_priority(v_workflows, v_shapes, v_priority) n;
+    END IF;
+    EXIT WHEN v_priority IS NULL;
+    IF cardinality(v_shapes) = 1 THEN
+      v_quota := ARRAY[least(v_fits[1]::bigint + v_ahead, v_left)];
+    ELSE
+      v_quota := array_fill(0, ARRAY[cardinality(v_shapes)]);
+      FOR v IN
+        SELECT s.place
+          FROM view_serial(v_workflows, v_shapes,
+                           ARRAY (SELECT least(v_fits[a.place]::bigint + v_ahead, v_left)::int
+                                    FROM unnest(v_first) WITH ORDINALITY AS a (place, o) ORDER BY a.o),
+                           v_priority, p_minutes) s
+      LOOP
+        i := v.place;
+        f := v_first[i];
+        IF v_fits[f] > 0 AND v_parts[i] <= v_part AND v_task_cores[i] <= v_cores
+           AND v_task_gpus[i] <= v_gpus AND (v_mb IS NULL OR v_task_mb[i] <= v_mb) THEN
+          v_fits[f] := v_fits[f] - 1;
+          v_part := v_part - v_parts[i];
+          v_cores := v_cores - v_task_cores[i];
+          v_gpus := v_gpus - v_task_gpus[i];
+          v_mb := v_mb - v_task_mb[i];
+        ELSIF v_ahead > 0 THEN
+          v_ahead := v_ahead - 1;
+        ELSE
+          CONTINUE;
+        END IF;
+        v_quota[i] := v_quota[i] + 1;
+        v_left := v_left - 1;
+        EXIT WHEN v_left = 0 OR (v_ahead = 0 AND v_part < 1e-6);
+      END LOOP;
+    END IF;
+    SELECT coalesce(array_agg(l), '{}') INTO v_more
+      FROM lock_serial(v_workflows, v_shapes, v_quota, v_priority, p_minutes) l;
+    v_ids := v_ids || v_more;
+    IF cardinality(v_shapes) = 1 THEN
+      v_left := v_left - cardinality(v_more);
+      v_ahead := v_ahead - greatest(cardinality(v_more) - v_fits[1], 0);
+      v_fits[1] := greatest(v_fits[1] - cardinality(v_more), 0);
+      EXIT WHEN v_fits[1] + v_ahead = 0;
+    END IF;
+    EXIT WHEN v_priority = -2147483648;
+    v_priority := v_priority - 1;
+  END LOOP;
+  IF v_ids <> '{}' THEN
+    RETURN QUERY SELECT * FROM hand_over(p_lease, v_ids);
+  END IF;
+END $$;
+
+-- left_alone(workflows, is_serial, nodes, gpus, memory, minutes, limit): of the first so many runnable
+-- tasks, how many a launcher with these nodes cannot run, by reason.
+CREATE OR REPLACE FUNCTION left_alone(
+  p_workflows int[], p_is_serial boolean, p_nodes int, p_gpus int[], p_memory_mb int[],
+  p_minutes int, p_limit int
+) RETURNS TABLE (reason text, tasks bigint)
+LANGUAGE sql STABLE SET search_path = ensemble, pg_temp AS $$
+  WITH runnable AS (
+    (SELECT t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes FROM task t
+      WHERE p_workflows IS NULL
+        AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+      ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+      LIMIT p_limit)
+     UNION ALL
+    (SELECT s.*
+       FROM unnest(p_workflows) AS w (id)
+      CROSS JOIN LATERAL (
+        SELECT t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes FROM task t
+         WHERE t.workflow_id = w.id
+           AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+         ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+         LIMIT p_limit) s
+      LIMIT p_limit)
+  ), alike AS (
+    SELECT num_nodes, ranks_per_node, shape_id, wall_time_minutes > p_minutes AS is_long,
+           count(*) AS tasks
+      FROM runnable GROUP BY 1, 2, 3, 4
+  ), told AS (
+    SELECT CASE
+             WHEN p_is_serial AND (a.num_nodes > 1 OR a.ranks_per_node > 1) THEN 'ranks'
+             WHEN a.num_nodes > p_nodes THEN 'nodes'
+             WHEN p_is_serial AND NOT coalesce(n.gpus_per_rank <= (SELECT max(g) FROM unnest(p_gpus) g), true)
+               THEN 'gpus'
+             WHEN p_is_serial AND p_gpus <> '{}' AND NOT EXISTS (
+                    SELECT 1 FROM unnest(p_gpus, p_memory_mb) AS o (gpus, mb)
+                     WHERE o.gpus >= n.gpus_per_rank AND coalesce(o.mb >= n.memory_mb, true))
+               THEN 'memory'
+             WHEN a.is_long THEN 'time'
+           END AS reason, a.tasks
+      FROM alike a JOIN shape n ON n.id = a.shape_id
+  )
+  SELECT t.reason, sum(t.tasks)::bigint FROM told t WHERE t.reason IS NOT NULL GROUP BY 1
+$$;
 
 -- ------------------------------------------------------------------------------- reports
 
@@ -493,8 +966,8 @@ DECLARE
   v_got bigint[];
   v_missed bigint[];
 BEGIN
-  IF NOT EXISTS (SELECT 1 FROM task_parent WHERE parent_id = ANY (p_done || p_dead) AND waits) THEN
-    RETURN '{}';  -- most tasks have no children
+  IF NOT has_children(p_done || p_dead) THEN
+    RETURN '{}';
   END IF;
   WITH RECURSIVE down (id) AS (
     SELECT child_id FROM task_parent WHERE parent_id = ANY (p_dead) AND waits
@@ -540,7 +1013,7 @@ END $$;
 CREATE OR REPLACE FUNCTION finish_tasks(
   p_lease bigint, p_id bigint[], p_attempt int[], p_outcome text[], p_at timestamptz[],
   p_started timestamptz[], p_nodes text[], p_exit int[], p_cause text[], p_reason text[],
-  p_error text[]
+  p_error text[], p_output text[]
 ) RETURNS TABLE (task_id bigint, attempt int, verdict text)
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 #variable_conflict use_column
@@ -549,7 +1022,9 @@ DECLARE
   v_locked bigint[];
   v_blocked bigint[];
   v_unsettled bigint[];
-  v_verdicts jsonb;
+  v_verdicts text[];
+  v_ids bigint[];
+  v_attempts int[];
 BEGIN
   SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
     SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
@@ -566,7 +1041,7 @@ BEGIN
                 ELSE i.outcome END AS outcome,
            -- No clock of a launcher makes an attempt outlive its hold.
            least(i.at, clock_timestamp()) AS at, CASE WHEN i.started IS NOT NULL THEN least(i.started, clock_timestamp()) END AS started,
-           i.code, i.cause, i.reason, i.error, t.state AS was,
+           i.code, i.cause, i.reason, i.error, i.output, t.state AS was,
            CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
                 WHEN a.task_id IS NULL OR a.lease_id <> p_lease THEN 'fenced'
                 WHEN a.ended_at IS NOT NULL THEN
@@ -575,15 +1050,15 @@ BEGIN
                 WHEN NOT i.id = ANY (v_locked) THEN 'busy'
                 ELSE 'applied' END AS verdict
       FROM unnest(p_id, p_attempt, p_outcome, p_at, p_started, p_nodes, p_exit, p_cause, p_reason,
-                  p_error)
-           AS i (id, attempt, outcome, at, started, nodes, code, cause, reason, error)
+                  p_error, p_output)
+           AS i (id, attempt, outcome, at, started, nodes, code, cause, reason, error, output)
       LEFT JOIN ensemble.attempt a ON a.task_id = i.id AND a.attempt = i.attempt
       LEFT JOIN task t ON t.id = i.id
   ), closed AS (
     UPDATE ensemble.attempt a
        SET ended_at = r.at, started_at = coalesce(a.started_at, r.started),
            nodes = CASE WHEN r.nodes = '' THEN a.nodes ELSE string_to_array(r.nodes, ',') END,
-           exit_code = r.code, error = r.error,
+           exit_code = r.code, error = r.error, output = r.output,
            outcome = CASE WHEN r.was = 'USER_KILLED' AND r.outcome <> 'given back' THEN 'killed'
                           ELSE r.outcome END,
            cause = CASE WHEN r.was = 'USER_KILLED' THEN 'killed by user' ELSE r.cause END,
@@ -620,13 +1095,13 @@ BEGIN
     RETURNING t.id, t.state
   )
   SELECT (SELECT array_agg(m.id) FROM moved m WHERE m.state IN ('RUN_ERROR', 'RUN_TIMEOUT')),
-         (SELECT jsonb_agg(jsonb_build_array(r.id, r.attempt, r.verdict)) FROM report r)
-    INTO v_unsettled, v_verdicts;
+         array_agg(r.id), array_agg(r.attempt), array_agg(r.verdict)
+    INTO v_unsettled, v_ids, v_attempts, v_verdicts
+    FROM report r;
   IF v_unsettled IS NOT NULL THEN
     PERFORM settle_tasks(v_unsettled);
   END IF;
-  RETURN QUERY SELECT (v->>0)::bigint, (v->>1)::int, v->>2
-                 FROM jsonb_array_elements(v_verdicts) v;
+  RETURN QUERY SELECT * FROM unnest(v_ids, v_attempts, v_verdicts);
 END $$;
 
 -- release_lost(lease, limit): gives back what a closed lease still held; the last step of a reaping.

@@ -8,23 +8,23 @@ SELECT (SELECT max(version) FROM schema_version),
 
 -- ================================================================ apps and workflows
 
--- insert_app(name, command, description, environ, env_script)
+-- insert_app(name, command, description, environ, env_script, output)
 -- Nothing comes back when the name is taken.
-INSERT INTO app (name, command, description, environ, env_script)
-VALUES ($1, $2, $3, $4, $5)
+INSERT INTO app (name, command, description, environ, env_script, output)
+VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (name) DO NOTHING
-RETURNING id, name, command, description, environ, env_script, created_at
+RETURNING id, name, command, description, environ, env_script, output, created_at
 
--- replace_app(name, command, description, environ, env_script)
+-- replace_app(name, command, description, environ, env_script, output)
 -- Tasks that were added before keep the command they were added with.
 UPDATE app
-   SET command = $2, description = $3, environ = $4, env_script = $5
+   SET command = $2, description = $3, environ = $4, env_script = $5, output = $6
  WHERE name = $1
-RETURNING id, name, command, description, environ, env_script, created_at
+RETURNING id, name, command, description, environ, env_script, output, created_at
 
 -- select_apps(names)
 -- All of them when names is null.
-SELECT id, name, command, description, environ, env_script, created_at
+SELECT id, name, command, description, environ, env_script, output, created_at
   FROM app
  WHERE $1::text[] IS NULL OR name = ANY ($1)
  ORDER BY name
@@ -59,7 +59,36 @@ SELECT w.name, t.state, count(*) AS tasks
  GROUP BY w.name, t.state
  ORDER BY w.name, t.state
 
+-- most_gpus()
+-- Of one node, as far as launchers of late have told.
+SELECT max(node_gpus) FROM launcher
+ WHERE coalesce(ended_at, now()) > now() - interval '30 days'
+
 -- ================================================================ adding
+
+-- insert_shapes(packings, threads, threads_per_core, gpus, memory)
+-- Like a workflow's name: before the transaction that adds tasks, and never an update.
+INSERT INTO shape (node_packing_count, threads_per_rank, threads_per_core, gpus_per_rank, memory_mb)
+SELECT n.packing, n.threads, n.per_core, n.gpus, n.mb
+  FROM unnest($1::int[], $2::int[], $3::int[], $4::int[], $5::int[])
+       AS n (packing, threads, per_core, gpus, mb)
+ WHERE NOT EXISTS (
+   SELECT 1 FROM shape s
+    WHERE s.node_packing_count = n.packing AND s.gpus_per_rank = n.gpus
+      AND coalesce(s.threads_per_rank, 0) = coalesce(n.threads, 0)
+      AND coalesce(s.threads_per_core, 0) = coalesce(n.per_core, 0)
+      AND coalesce(s.memory_mb, 0) = coalesce(n.mb, 0))
+ ORDER BY 1, 2, 3, 4, 5
+ON CONFLICT DO NOTHING
+
+-- select_shapes(packings, threads, threads_per_core, gpus, memory)
+SELECT s.id, s.node_packing_count, s.threads_per_rank, s.threads_per_core, s.gpus_per_rank, s.memory_mb
+  FROM unnest($1::int[], $2::int[], $3::int[], $4::int[], $5::int[])
+       AS n (packing, threads, per_core, gpus, mb)
+  JOIN shape s ON s.node_packing_count = n.packing AND s.gpus_per_rank = n.gpus
+   AND coalesce(s.threads_per_rank, 0) = coalesce(n.threads, 0)
+   AND coalesce(s.threads_per_core, 0) = coalesce(n.per_core, 0)
+   AND coalesce(s.memory_mb, 0) = coalesce(n.mb, 0)
 
 -- next_task_ids(count)
 -- COPY returns nothing, so the ids are drawn first.
@@ -80,12 +109,13 @@ SELECT task_ids FROM submission WHERE key = $1
 -- select_tasks(ids, workflow, states, name, app, tags, limit, after)
 -- The one selector: whatever is null does not restrict.
 SELECT t.id, s.name, w.name AS workflow, a.name AS app, t.state, s.argv, s.workdir, t.num_nodes,
-       t.ranks_per_node, t.node_packing_count, t.wall_time_minutes, s.time_limit_minutes, t.priority,
+       t.ranks_per_node, n.node_packing_count, t.wall_time_minutes, s.time_limit_minutes, t.priority,
        t.attempt, t.failures, t.timeouts, t.losses, t.pending_parents, t.lease_id, t.exit_code,
        t.cause, t.reason, l.error, coalesce(l.nodes, '{}') AS nodes, t.created_at, t.started_at,
-       t.ended_at, s.tags
+       t.ended_at, s.output, s.tags
   FROM task t
   JOIN task_spec s ON s.task_id = t.id
+  JOIN shape n ON n.id = t.shape_id
   JOIN workflow w ON w.id = t.workflow_id
   LEFT JOIN app a ON a.id = t.app_id
   LEFT JOIN attempt l ON l.task_id = t.id AND l.attempt = t.attempt
@@ -127,13 +157,16 @@ SELECT count(*) FROM task
    AND (state NOT IN ('JOB_FINISHED', 'FAILED', 'USER_KILLED') OR lease_id IS NOT NULL)
 
 -- select_spec(id)
-SELECT params, environ, env_script, threads_per_rank, threads_per_core, gpus_per_rank, memory_mb,
-       mpi_flags, cpu_affinity, wait_for_parents, data
-  FROM task_spec WHERE task_id = $1
+SELECT s.params, s.environ, s.env_script, n.threads_per_rank, n.threads_per_core, n.gpus_per_rank,
+       n.memory_mb, s.mpi_flags, s.cpu_affinity, s.wait_for_parents, s.data
+  FROM task_spec s
+  JOIN task t ON t.id = s.task_id
+  JOIN shape n ON n.id = t.shape_id
+ WHERE s.task_id = $1
 
 -- select_attempts(id)
 SELECT task_id, attempt, lease_id, nodes, claimed_at, started_at, ended_at, exit_code, outcome,
-       cause, reason, error
+       cause, reason, error, output
   FROM attempt WHERE task_id = $1 ORDER BY attempt
 
 -- select_events(id)
@@ -203,6 +236,9 @@ UPDATE lease
  WHERE id = $1 AND state = 'ACTIVE'
 RETURNING pg_postmaster_start_time() AS server_started_at
 
+-- set_resources(launcher, cores, gpus)
+UPDATE launcher SET node_cores = $2, node_gpus = $3 WHERE id = $1
+
 -- select_held(lease)
 -- What the store says this lease holds; compared with what the launcher knows.
 SELECT id, attempt, state FROM task WHERE lease_id = $1
@@ -212,7 +248,7 @@ SELECT id, attempt, state FROM task WHERE lease_id = $1
 SELECT id, attempt FROM task
  WHERE lease_id = $1 AND state NOT IN ('RUNNING', 'PREPROCESSED', 'RESTART_READY')
 
--- has_prospect(workflows, nodes)
+-- has_prospect(workflows, nodes, is_serial)
 -- Whether waiting tasks that would fit depend on what runs under a live lease.
 WITH RECURSIVE busy AS (
   SELECT t.id FROM task t JOIN lease l ON l.id = t.lease_id AND l.state = 'ACTIVE'
@@ -225,7 +261,8 @@ WITH RECURSIVE busy AS (
 )
 SELECT EXISTS (
   SELECT 1 FROM down d JOIN task t ON t.id = d.id
-   WHERE t.num_nodes <= $2 AND ($1::int[] IS NULL OR t.workflow_id = ANY ($1)))
+   WHERE t.num_nodes <= $2 AND (NOT $3 OR (t.num_nodes = 1 AND t.ranks_per_node = 1))
+     AND ($1::int[] IS NULL OR t.workflow_id = ANY ($1)))
 
 -- ================================================================ reaping
 
@@ -249,6 +286,12 @@ SELECT pg_try_advisory_xact_lock(hashtext('ensemble.reap'))
 SELECT t.id, 'held by lease ' || t.lease_id || ', which does not exist' AS problem
   FROM task t LEFT JOIN lease l ON l.id = t.lease_id
  WHERE t.lease_id IS NOT NULL AND (l.id IS NULL OR l.swept)
+
+-- check_shapes()
+-- what a task needs of a node is on record
+SELECT t.id, 'has shape ' || t.shape_id || ', which does not exist' AS problem
+  FROM task t LEFT JOIN shape n ON n.id = t.shape_id
+ WHERE n.id IS NULL
 
 -- check_open_attempts()
 -- an attempt is open exactly while its task is held

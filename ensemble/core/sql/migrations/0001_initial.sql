@@ -15,8 +15,24 @@ CREATE TABLE app (
   env_script   text,
   preprocess   text,
   postprocess  text,
+  output       text NOT NULL DEFAULT 'file' CHECK (output IN ('file', 'tail', 'none')),
   created_at   timestamptz NOT NULL DEFAULT now()
 );
+
+-- What tasks need of a node, each combination once: there are few, and a launcher in serial mode
+-- asks which of them fit. The first row, which a task has that says nothing, is a whole node.
+CREATE TABLE shape (
+  id                  int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  node_packing_count  int NOT NULL DEFAULT 1 CHECK (node_packing_count BETWEEN 1 AND 1000000),
+  threads_per_rank    int CHECK (threads_per_rank >= 1),
+  threads_per_core    int CHECK (threads_per_core >= 1),
+  gpus_per_rank       int NOT NULL DEFAULT 0 CHECK (gpus_per_rank >= 0),
+  memory_mb           int CHECK (memory_mb >= 1)
+);
+CREATE UNIQUE INDEX shape_once_idx ON shape
+  (node_packing_count, coalesce(threads_per_rank, 0), coalesce(threads_per_core, 0), gpus_per_rank,
+   coalesce(memory_mb, 0));
+INSERT INTO shape DEFAULT VALUES;
 
 -- Legal moves: filled from core/states.py by functions.sql, read by the trigger on task.
 CREATE TABLE move (
@@ -36,7 +52,7 @@ CREATE TABLE task (
   app_id              int,
   num_nodes           int NOT NULL DEFAULT 1 CHECK (num_nodes >= 1),
   ranks_per_node      int NOT NULL DEFAULT 1 CHECK (ranks_per_node >= 1),
-  node_packing_count  int NOT NULL DEFAULT 1 CHECK (node_packing_count >= 1),
+  shape_id            int NOT NULL DEFAULT 1,  -- no foreign key on the bulk path; shapes stay
   wall_time_minutes   int NOT NULL DEFAULT 0 CHECK (wall_time_minutes >= 0),
   priority            int NOT NULL DEFAULT 0,
   pending_parents     int NOT NULL DEFAULT 0 CHECK (pending_parents >= 0),
@@ -66,7 +82,8 @@ CREATE TABLE task (
         autovacuum_vacuum_insert_scale_factor = 0.05,
         autovacuum_analyze_scale_factor = 0.02, autovacuum_analyze_threshold = 2000);
 
--- What can be claimed, in claim order: for all tasks, for single-node tasks, and each by workflow.
+-- What can be claimed, in claim order: for all tasks, for those of one rank by what they need of
+-- their node, and each by workflow.
 CREATE INDEX task_runnable_idx ON task
   (priority DESC, num_nodes DESC, wall_time_minutes DESC, id)
   WHERE state IN ('PREPROCESSED', 'RESTART_READY') AND lease_id IS NULL;
@@ -74,13 +91,13 @@ CREATE INDEX task_runnable_workflow_idx ON task
   (workflow_id, priority DESC, num_nodes DESC, wall_time_minutes DESC, id)
   WHERE state IN ('PREPROCESSED', 'RESTART_READY') AND lease_id IS NULL;
 CREATE INDEX task_runnable_serial_idx ON task
-  (priority DESC, wall_time_minutes DESC, id)
+  (shape_id, priority DESC, wall_time_minutes DESC, id)
   WHERE state IN ('PREPROCESSED', 'RESTART_READY') AND lease_id IS NULL
-    AND num_nodes = 1 AND ranks_per_node = 1;
+    AND greatest(num_nodes, ranks_per_node) = 1;
 CREATE INDEX task_runnable_serial_workflow_idx ON task
-  (workflow_id, priority DESC, wall_time_minutes DESC, id)
+  (workflow_id, shape_id, priority DESC, wall_time_minutes DESC, id)
   WHERE state IN ('PREPROCESSED', 'RESTART_READY') AND lease_id IS NULL
-    AND num_nodes = 1 AND ranks_per_node = 1;
+    AND greatest(num_nodes, ranks_per_node) = 1;
 -- What a lease holds: kill set, drain, reconciliation, reaping.
 CREATE INDEX task_held_idx ON task (lease_id) WHERE lease_id IS NOT NULL;
 
@@ -93,13 +110,10 @@ CREATE TABLE task_spec (
   params              jsonb NOT NULL DEFAULT '{}',
   environ             jsonb NOT NULL DEFAULT '{}',
   env_script          text,
-  threads_per_rank    int,
-  threads_per_core    int,
-  gpus_per_rank       int NOT NULL DEFAULT 0,
-  memory_mb           int,
   time_limit_minutes  double precision,
   mpi_flags           text[] NOT NULL DEFAULT '{}',
   cpu_affinity        text,
+  output              text NOT NULL DEFAULT 'file' CHECK (output IN ('file', 'tail', 'none')),
   wait_for_parents    boolean NOT NULL DEFAULT true,
   data                jsonb NOT NULL DEFAULT '{}',
   tags                jsonb NOT NULL DEFAULT '{}'
@@ -130,6 +144,7 @@ CREATE TABLE attempt (
   cause       text,
   reason      text,
   error       text,
+  output      text,                           -- its end, for a task whose output is `tail`
   PRIMARY KEY (task_id, attempt),
   CHECK ((ended_at IS NULL) = (outcome IS NULL))
 ) WITH (fillfactor = 80);
@@ -189,6 +204,8 @@ CREATE TABLE launcher (
   job_mode           text NOT NULL,
   wf_filter          text,
   nodes              text[] NOT NULL,
+  node_cores         int CHECK (node_cores >= 1),   -- of its largest node, where that is known
+  node_gpus          int CHECK (node_gpus >= 0),
   scheduler          text NOT NULL,
   scheduler_job_id   text,
   restart_count      int NOT NULL DEFAULT 0,
@@ -208,6 +225,7 @@ CREATE TABLE lease (
   acquired_at  timestamptz NOT NULL DEFAULT now(),
   renewed_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
   expires_at   timestamptz NOT NULL,
+  linger       interval NOT NULL DEFAULT '0',    -- how long pilots may outlive their launcher
   closed_at    timestamptz,
   evidence     text,                             -- why it was closed
   CHECK ((state = 'ACTIVE') = (closed_at IS NULL)),

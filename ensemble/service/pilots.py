@@ -1,0 +1,656 @@
+"""Serial mode's way to the tasks: one mpirun of pilots, and the streams to them.
+
+It turns effects into messages and messages into events, and answers for the one question that the
+dispatcher cannot: is a pilot that is not heard from still running something? That is so until its
+guard says that nothing is left, or until the last beat it can have heard has run out (then its guard
+has ended it). Only then are its tasks reported lost, so that no second attempt can overlap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+from ensemble.core.events import (
+    CouldNotStart,
+    Ended,
+    Event,
+    Launch,
+    Pair,
+    PilotJoined,
+    PilotLost,
+    PilotSilent,
+    Skipped,
+    Started,
+)
+from ensemble.core.model import Claim, Node
+from ensemble.core.shares import Shares, need_of
+from ensemble.core.wire import (
+    PROTOCOL,
+    Beat,
+    Bye,
+    FromLauncher,
+    FromPilot,
+    Gone,
+    Hello,
+    Kill,
+    Note,
+    Pulse,
+    Recall,
+    Report,
+    Run,
+    Welcome,
+    Work,
+)
+from ensemble.drivers import linkfile, mpi, output, pilot, pilotline, process, spawn, sweep
+from ensemble.drivers.guardlink import guard_argv
+from ensemble.drivers.link import Connection, LinkServer
+from ensemble.drivers.mpi import MpiLauncher
+from ensemble.errors import LaunchError, WireError
+from ensemble.service import runtime
+
+if TYPE_CHECKING:
+    from ensemble.log import Logger
+
+#: After the last beat that a pilot can have heard has run out, its guard needs a moment to end it.
+KILL_S = 5.0
+_BEAT_S = 2.0
+#: Tasks in one message; the pilot begins with the first before the last is there.
+_BATCH = 128
+#: How often a node whose pilot was lost gets another one.
+_RESTARTS = 2
+_RESTART_S = 1.0
+#: How long pilots have to leave in good order.
+_LEAVE_S = 10.0
+#: Instead of the number of a node's launch.
+_TO_BE_STARTED = -1
+_GIVEN_UP = -2
+#: What is shown of an mpirun that failed.
+_SHOWN_LINES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What pilots need to know of their launcher."""
+
+    site: Path
+    #: Where the link file and the output of mpirun go.
+    run_directory: Path
+    marker_prefix: str
+    #: The launcher's own environment, without what an outer MPI launch put there.
+    environ: Mapping[str, str]
+    mpi: MpiLauncher
+    launcher_id: int
+    grace_s: float
+    error_tail_lines: int
+    slots_per_node: int
+    is_pinned: bool
+    #: How long pilots may take to join, and how long a silent one is waited for.
+    join_s: float
+    patience_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pilot:
+    """A node, and the pilot on it."""
+
+    node: Node
+    #: The place among the nodes of the allocation.
+    index: int
+    launch: int = 0
+    rank: int = 0
+    connection: Connection | None = None
+    #: Joined, and not lost since.
+    is_up: bool = False
+    #: Its connection is lost, its tasks may still run until this moment.
+    silent_until: float | None = None
+    why_silent: str = ""
+    heard: float = 0.0
+    beaten: float = 0.0
+    is_local: bool = False
+    restarts: int = 0
+    marker_prefix: str = ""
+    run: list[Work] = field(default_factory=list)
+    kill: list[Pair] = field(default_factory=list)
+    force: list[Pair] = field(default_factory=list)
+    recall: list[Pair] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Launch:
+    """One mpirun of pilots."""
+
+    number: int
+    pilots: list[_Pilot]
+    log: Path
+    began: float
+    process: process.Process | None = None
+    #: Whether it was long enough ago that everybody should be there.
+    is_late: bool = False
+    #: Whether it was told why its pilots go by their environment.
+    is_noted: bool = False
+
+
+class Pilots:
+    """The pilots of one launcher."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        base: Base,
+        *,
+        post: Callable[[Event], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        log: Logger,
+    ) -> None:
+        """Prepare; `run` starts them."""
+        self._base = base
+        self._post = post
+        self._spawn = spawn
+        self._log = log
+        self._pilots = [_Pilot(node=node, index=index) for index, node in enumerate(nodes)]
+        self._by_name = {each.node.name: each for each in self._pilots}
+        self._launches: list[_Launch] = []
+        #: Where each task is, and which attempt at it.
+        self._of: dict[int, tuple[_Pilot, int]] = {}
+        self._touched: set[int] = set()
+        self._is_flushing = False
+        self._link: linkfile.LinkFile | None = None
+        self._server = LinkServer(
+            on_message=self._on_message, on_lost=self._on_lost, spawn=spawn, log=log
+        )
+        self._is_closing = False
+        self._beat_s = min(_BEAT_S, base.patience_s / 4)
+        #: Why not one pilot is left, or ever was.
+        self.failure: LaunchError | None = None
+        self._failed = asyncio.Event()
+
+    def plan(self) -> Shares:
+        """Return the plan that the dispatcher is to go by."""
+        return Shares(self._base.slots_per_node)
+
+    # ------------------------------------------------------------------ what the dispatcher wants
+
+    def launch(self, effect: Launch) -> None:
+        """Send a task to the pilot of its node."""
+        pilot_ = self._by_name[effect.placement.nodes[0].name]
+        self._of[effect.claim.id] = (pilot_, effect.claim.attempt)
+        pilot_.run.append(_work(effect.claim, self._base.slots_per_node))
+        self._touch(pilot_)
+
+    def terminate(self, task_id: int, *, is_forced: bool) -> None:
+        """Have a task's tree ended, or the task dropped."""
+        if task_id in self._of:  # else it has ended, and its event is on its way
+            pilot_, attempt = self._of[task_id]
+            (pilot_.force if is_forced else pilot_.kill).append((task_id, attempt))
+            self._touch(pilot_)
+
+    def recall(self, pairs: Sequence[Pair]) -> None:
+        """Take back what has not started."""
+        for pair in pairs:
+            pilot_, attempt = self._of.get(pair[0], (None, 0))
+            if pilot_ is not None and attempt == pair[1]:
+                pilot_.recall.append(pair)
+                self._touch(pilot_)
+
+    def _touch(self, pilot_: _Pilot) -> None:
+        """Send what has come together once this turn of the loop is over."""
+        self._touched.add(pilot_.index)
+        if not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flushing = False
+        touched, self._touched = self._touched, set()
+        for index in touched:
+            self._send_all(self._pilots[index])
+
+    def _send_all(self, pilot_: _Pilot) -> None:
+        """Send a pilot its messages; to one that is lost, nothing: its tasks are reported lost."""
+        messages: list[FromLauncher] = [
+            Run(pilot_.run[start : start + _BATCH]) for start in range(0, len(pilot_.run), _BATCH)
+        ]
+        if pilot_.recall:
+            messages.append(Recall(pilot_.recall))
+        if pilot_.kill:
+            messages.append(Kill(pilot_.kill))
+        if pilot_.force:
+            messages.append(Kill(pilot_.force, is_forced=True))
+        pilot_.run, pilot_.recall, pilot_.kill, pilot_.force = [], [], [], []
+        if pilot_.connection is not None:
+            self._try_send(pilot_, *messages)
+
+    def _try_send(self, pilot_: _Pilot, *messages: FromLauncher) -> None:
+        assert pilot_.connection is not None
+        for message in messages:
+            try:
+                pilot_.connection.send(message)
+            except WireError as error:
+                self._log.error("pilot.not_sent", node=pilot_.node.name, error=str(error))
+                if isinstance(message, Run):
+                    self._refuse(pilot_, message, str(error))
+
+    def _refuse(self, pilot_: _Pilot, run: Run, reason: str) -> None:
+        """Send a batch that is too long task by task; a task that alone is too long cannot start."""
+        assert pilot_.connection is not None
+        for work in run.tasks:
+            try:
+                pilot_.connection.send(Run([work]))
+            except WireError:
+                now = runtime.utc_now()
+                self._of.pop(work.id, None)
+                self._post(CouldNotStart(id=work.id, attempt=work.attempt, at=now, reason=reason))
+
+    # ------------------------------------------------------------------ what pilots say
+
+    def _on_message(self, connection: Connection, message: FromPilot) -> None:
+        pilot_: _Pilot | None = connection.pilot
+        match message:
+            case Hello():
+                self._join(connection, message)
+                return
+            case Gone():
+                self._gone(message)
+                return
+            case _:
+                pass
+        if pilot_ is None:
+            raise WireError(f"a {type(message).__name__} came before its Hello")
+        pilot_.heard = runtime.boottime_s()
+        match message:
+            case Report():
+                self._take_report(pilot_, message)
+            case Pulse():
+                pass
+            case Note():
+                self._log.warning(message.what, node=pilot_.node.name, text=message.text[:500])
+            case _:
+                assert_never(message)
+
+    def _take_report(self, pilot_: _Pilot, report: Report) -> None:
+        # Times of the pilot's clock become ours by their age: no two hosts need agree on the time of day.
+        now = runtime.utc_now()
+        at_zero = now - timedelta(seconds=report.now)
+        post, of = self._post, self._of
+
+        def time(at: float) -> Any:
+            return min(at_zero + timedelta(seconds=at), now)
+
+        for task_id, attempt in report.dropped:
+            of.pop(task_id, None)
+            post(Skipped(id=task_id, attempt=attempt, at=now))
+        for ran in report.ran:
+            post(Started(id=ran.id, attempt=ran.attempt, at=time(ran.at)))
+        for failed in report.failed:
+            of.pop(failed.id, None)
+            post(
+                CouldNotStart(
+                    id=failed.id, attempt=failed.attempt, at=time(failed.at), reason=failed.reason
+                )
+            )
+        for done in report.done:
+            of.pop(done.id, None)
+            post(
+                Ended(
+                    id=done.id,
+                    attempt=done.attempt,
+                    at=time(done.at),
+                    status=done.status,
+                    was_signalled=done.was_signalled,
+                    error=done.error,
+                    output=done.output,
+                    started_at=time(done.started_at),
+                )
+            )
+
+    def _join(self, connection: Connection, hello: Hello) -> None:
+        """Take in a pilot, if it is one that was started."""
+        pilot_ = self._find(hello)
+        if pilot_ is None or connection.pilot is not None or hello.protocol != PROTOCOL:
+            raise WireError(f"no pilot was expected as rank {hello.rank} of launch {hello.launch}")
+        if self._is_closing:
+            connection.send(Bye())
+            return
+        launch = self._launches[hello.launch]
+        if hello.size != len(launch.pilots):
+            self._fail(
+                f"mpirun started {hello.size} pilots where {len(launch.pilots)} were asked for; "
+                f"its output is in {launch.log}"
+            )
+            connection.abort()
+            return
+        connection.identify(pilot_)
+        pilot_.connection, pilot_.is_up = connection, True
+        pilot_.rank, pilot_.launch = hello.rank, hello.launch
+        pilot_.heard = runtime.boottime_s()
+        pilot_.is_local = pilot_.node.is_virtual or connection.is_local
+        pilot_.marker_prefix = f"{self._base.marker_prefix}{hello.launch}-{hello.rank}."
+        share = self._share(pilot_, hello)
+        self._log.info("pilot.joined", node=pilot_.node.name, host=hello.host, pid=hello.pid)
+        if hello.note is not None and not launch.is_noted:
+            launch.is_noted = True  # the others would say the same
+            self._log.warning("pilot.without_mpi", node=pilot_.node.name, why=hello.note)
+        self._try_send(pilot_, share)
+        self._beat(pilot_)
+        cores = share.cores if self._base.is_pinned else []
+        pilot_.node = Node(
+            name=pilot_.node.name,
+            cores=sum(map(len, share.cores)),
+            gpus=len(share.gpus),
+            is_virtual=pilot_.node.is_virtual,
+        )
+        self._post(
+            PilotJoined(
+                node=pilot_.node,
+                cores=tuple(tuple(core) for core in cores),
+                gpus=tuple(share.gpus),
+                memory_mb=share.memory_mb,
+            )
+        )
+
+    def _find(self, hello: Hello) -> _Pilot | None:
+        """Return the node that a pilot is on: by its host's name, else by its rank in the host list."""
+        if not (0 <= hello.launch < len(self._launches)):
+            return None
+        launched = self._launches[hello.launch].pilots
+        if not 0 <= hello.rank < len(launched):
+            return None
+        found = launched[hello.rank]
+        if not found.node.is_virtual:
+            here = [each for each in launched if _short(each.node.name) == _short(hello.host)]
+            found = here[0] if len(here) == 1 else found
+        if found.is_up or found.silent_until is not None:
+            found = launched[hello.rank]
+        return None if found.is_up or found.silent_until is not None else found
+
+    def _share(self, pilot_: _Pilot, hello: Hello) -> Welcome:
+        """Give a pilot its node: all of its host, or a virtual node's part of it."""
+        cores, gpus, memory_mb = hello.cores, hello.gpus, hello.memory_mb
+        environ = dict(self._base.environ)
+        if pilot_.node.is_virtual:
+            number = len(self._pilots)
+            cores = _part(cores, pilot_.index, number)
+            gpus = _part(gpus, pilot_.index, number)
+            memory_mb = None if memory_mb is None else memory_mb // number
+        else:
+            environ = mpi.environ_on_node(environ, pilot_.node)
+        return Welcome(
+            node=pilot_.node.name,
+            cores=cores,
+            gpus=gpus,
+            memory_mb=memory_mb,
+            slots_per_node=self._base.slots_per_node,
+            site=str(self._base.site),
+            marker_prefix=pilot_.marker_prefix,
+            environ=environ,
+            grace_s=self._base.grace_s,
+            error_tail_lines=self._base.error_tail_lines,
+            is_pinned=self._base.is_pinned,
+        )
+
+    # ------------------------------------------------------------------ pilots that are lost
+
+    def _on_lost(self, connection: Connection, reason: str) -> None:
+        pilot_: _Pilot | None = connection.pilot
+        if pilot_ is None or pilot_.connection is not connection:
+            return
+        pilot_.connection = None
+        if self._is_closing:
+            return
+        # Its guard ends it by the last beat, at the latest; and says so at once where it can.
+        pilot_.silent_until = pilot_.beaten + self._base.patience_s + KILL_S
+        pilot_.why_silent = reason
+        self._log.warning("pilot.silent", node=pilot_.node.name, reason=reason)
+        self._post(PilotSilent(node=pilot_.node.name))
+        if pilot_.is_local:
+            self._spawn(self._sweep(pilot_))
+
+    async def _sweep(self, pilot_: _Pilot) -> None:
+        """End what a pilot on this host left, if its guard was killed, too: here one can look."""
+        launch, rank = pilot_.launch, pilot_.rank
+        await asyncio.sleep(KILL_S / 2)
+        if pilot_.silent_until is None or (pilot_.launch, pilot_.rank) != (launch, rank):
+            return
+        swept = await asyncio.to_thread(sweep.sweep_token, pilot_.marker_prefix)
+        if not swept.left:
+            self._lost(pilot_, "its pilot and its guard were killed")
+
+    def _gone(self, gone: Gone) -> None:
+        """Nothing is left of a pilot: its guard, or what is left of itself, says so."""
+        for pilot_ in self._pilots:
+            if (pilot_.launch, pilot_.rank) == (gone.launch, gone.rank) and (
+                pilot_.is_up or pilot_.silent_until is not None
+            ):
+                self._lost(pilot_, "its pilot was killed")
+
+    def _lost(self, pilot_: _Pilot, reason: str, *, may_return: bool = True) -> None:
+        """Nothing runs on a node any more: what was there is lost."""
+        if pilot_.connection is not None:
+            pilot_.connection.pilot = None
+            pilot_.connection.abort()
+            pilot_.connection = None
+            self._post(PilotSilent(node=pilot_.node.name))
+        if not pilot_.is_up:
+            return
+        pilot_.is_up, pilot_.silent_until = False, None
+        pilot_.run, pilot_.recall, pilot_.kill, pilot_.force = [], [], [], []
+        for task_id in [id for id, (where, _) in self._of.items() if where is pilot_]:
+            del self._of[task_id]
+        self._log.error("node.lost", node=pilot_.node.name, reason=reason)
+        now = runtime.utc_now()
+        self._post(PilotLost(node=pilot_.node.name, at=now, reason=f"{pilot_.node.name}: {reason}"))
+        if may_return and pilot_.restarts < _RESTARTS and not self._is_closing:
+            pilot_.restarts += 1
+            pilot_.launch = _TO_BE_STARTED
+            self._spawn(self._restart_soon())
+        else:
+            pilot_.launch = _GIVEN_UP
+        self._look_for_any()
+
+    async def _restart_soon(self) -> None:
+        """Start one mpirun for all nodes that lost their pilots in this moment."""
+        await asyncio.sleep(_RESTART_S)
+        waiting = [each for each in self._pilots if each.launch == _TO_BE_STARTED]
+        if waiting and not self._is_closing:
+            self._log.info("pilots.restarted", nodes=[each.node.name for each in waiting])
+            await self._start(waiting)
+
+    def _look_for_any(self) -> None:
+        """Say so when no pilot is there and none will come."""
+        is_any = any(each.is_up or self._is_coming(each) for each in self._pilots)
+        if not is_any and not self._is_closing:
+            self._fail("no pilot is left: every node's was lost")
+
+    def _is_coming(self, pilot_: _Pilot) -> bool:
+        if pilot_.launch == _TO_BE_STARTED or pilot_.silent_until is not None:
+            return True
+        if pilot_.launch == _GIVEN_UP:
+            return False
+        launch = self._launches[pilot_.launch]
+        return not launch.is_late and (launch.process is None or launch.process.exit is None)
+
+    def _fail(self, message: str) -> None:
+        if self.failure is None:
+            self.failure = LaunchError(message)
+            self._failed.set()
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Start the pilots and watch over them until `close`; `failure` says when none is left."""
+        try:
+            self._open()
+        except (LaunchError, OSError) as error:
+            self._fail(str(error))
+            return
+        await self._start(self._pilots)
+        while True:
+            await asyncio.sleep(self._beat_s / 2)
+            now = runtime.boottime_s()
+            for pilot_ in self._pilots:
+                self._look_at(pilot_, now)
+            for launch in self._launches:
+                if not launch.is_late and now - launch.began > self._base.join_s:
+                    launch.is_late = True
+                    self._miss(launch, f"did not join within {self._base.join_s:g} s")
+
+    async def failed(self) -> LaunchError:
+        """Wait until there is no pilot, and none will come; return why."""
+        await self._failed.wait()
+        assert self.failure is not None
+        return self.failure
+
+    def _look_at(self, pilot_: _Pilot, now: float) -> None:
+        if pilot_.connection is not None:
+            if now - pilot_.heard > self._base.patience_s:
+                self._log.warning("pilot.unheard", node=pilot_.node.name)
+                pilot_.connection.abort()
+            elif now - pilot_.beaten >= self._beat_s:
+                self._beat(pilot_)
+        elif pilot_.silent_until is not None and now > pilot_.silent_until:
+            # Not one word from it: the node is dead, or its network is. Nobody is sent there again.
+            self._lost(pilot_, pilot_.why_silent, may_return=False)
+
+    def _beat(self, pilot_: _Pilot) -> None:
+        pilot_.beaten = runtime.boottime_s()
+        self._try_send(pilot_, Beat(at=pilot_.beaten, lives_s=self._base.patience_s))
+
+    def _open(self) -> None:
+        """Listen, and write down where."""
+        is_virtual = all(each.node.is_virtual for each in self._pilots)
+        port = self._server.open("127.0.0.1" if is_virtual else None)
+        addresses = ("127.0.0.1",) if is_virtual else linkfile.addresses_of_this_host()
+        self._link = linkfile.make(
+            addresses, port, len(self._pilots), launcher_id=self._base.launcher_id
+        )
+        self._server.context = self._link.server_context()
+        self._base.run_directory.mkdir(parents=True, exist_ok=True)
+        self._link.write(self._link_path)
+
+    @property
+    def _link_path(self) -> Path:
+        return self._base.run_directory / "link.json"
+
+    async def _start(self, pilots: Sequence[_Pilot]) -> None:
+        """Start one mpirun for these nodes."""
+        number = len(self._launches)
+        log = self._base.run_directory / f"pilots-{number}.log"
+        launch = _Launch(number=number, pilots=list(pilots), log=log, began=runtime.boottime_s())
+        self._launches.append(launch)
+        for rank, pilot_ in enumerate(pilots):
+            pilot_.launch, pilot_.rank = number, rank
+        try:
+            launch.process = await asyncio.to_thread(self._start_process, launch)
+        except LaunchError as error:
+            self._miss(launch, str(error))
+            return
+        self._spawn(self._watch(launch))
+
+    def _start_process(self, launch: _Launch) -> process.Process:
+        nodes = [each.node for each in launch.pilots]
+        program = guard_argv(
+            pilot.pilot_argv(self._link_path, launch.number, len(nodes)),
+            on_loss=pilot.gone_argv(self._link_path, launch.number),
+            is_exit_zero=True,
+        )
+        hostfile = None
+        if pilotline.needs_hostfile(self._base.mpi, nodes):
+            hostfile = self._base.run_directory / f"hosts-{launch.number}"
+            try:
+                hostfile.write_text(pilotline.hostfile_text(self._base.mpi, nodes))
+            except OSError as error:
+                raise LaunchError(f"cannot write {hostfile}: {error.strerror}") from error
+        environ = pilotline.pilot_environ(self._base.mpi, os.environ)
+        argv = pilotline.pilot_launch_argv(
+            self._base.mpi,
+            nodes,
+            program,
+            hostfile=hostfile,
+            exports=pilotline.exported(environ),
+        )
+        return spawn.start(argv, env=environ, cwd=self._base.run_directory, output=launch.log)
+
+    async def _watch(self, launch: _Launch) -> None:
+        """Wait for an mpirun's end: pilots that are there live on without it."""
+        assert launch.process is not None
+        result = await launch.process.wait()
+        if not self._is_closing:
+            self._log.warning("mpirun.ended", launch=launch.number, status=result.status)
+            self._miss(launch, f"{self._base.mpi.command[0]} ended with status {result.status}")
+
+    def _miss(self, launch: _Launch, reason: str) -> None:
+        """Give up waiting for the pilots of a launch that are not there."""
+        missing = [
+            each
+            for each in launch.pilots
+            if each.launch == launch.number and not each.is_up and each.silent_until is None
+        ]
+        if not missing:
+            return
+        for pilot_ in missing:
+            pilot_.launch = _GIVEN_UP
+        said = output.tail(launch.log, _SHOWN_LINES)
+        if not any(each.is_up for each in self._pilots) and launch.number == 0:
+            text = f"no pilot joined: {reason}"
+            self._fail(f"{text}; it said:\n{said}" if said else f"{text} (log: {launch.log})")
+            return
+        names = [each.node.name for each in missing]
+        self._log.error("pilots.missing", nodes=names, reason=reason, said=said[-500:])
+        self._look_for_any()
+
+    async def close(self) -> None:
+        """Let the pilots go, end what does not, and take the link away."""
+        self._is_closing = True
+        for pilot_ in self._pilots:
+            if pilot_.connection is not None:
+                self._try_send(pilot_, Bye())
+        for launch in self._launches:
+            if launch.process is None:
+                continue
+            is_any = any(each.is_up and each.launch == launch.number for each in launch.pilots)
+            leave_s = _LEAVE_S if is_any or not launch.is_late else 0.0
+            try:
+                async with asyncio.timeout(leave_s):
+                    await launch.process.wait()
+            except TimeoutError:
+                self._log.warning("mpirun.did_not_end", launch=launch.number)
+            await process.end_tree(launch.process, grace_s=0)
+        self._server.close()
+        self._link_path.unlink(missing_ok=True)
+
+
+def _work(claim: Claim, slots_per_node: int) -> Work:
+    return Work(
+        id=claim.id,
+        attempt=claim.attempt,
+        name=claim.name,
+        workflow=claim.workflow,
+        argv=claim.argv,
+        workdir=claim.workdir,
+        output=claim.output,
+        environ=claim.environ,
+        env_script=claim.env_script,
+        parent_ids=claim.parent_ids,
+        need=need_of(claim, slots_per_node),
+        is_bound=claim.cpu_affinity != "none",
+    )
+
+
+def _part(items: list[Any], index: int, number: int) -> list[Any]:
+    """Divide a list into parts of about one length; return one of them, empty when there are too few."""
+    if len(items) < number:
+        return []
+    return items[
+        math.ceil(index * len(items) / number) : math.ceil((index + 1) * len(items) / number)
+    ]
+
+
+def _short(name: str) -> str:
+    return name.partition(".")[0].lower()
