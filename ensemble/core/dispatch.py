@@ -53,7 +53,7 @@ from ensemble.core.events import (
     Ticked,
     WorkRang,
 )
-from ensemble.core.model import Claim, End, Outcome, Room, SlotRoom, Start
+from ensemble.core.model import Claim, End, Outcome, Placement, Room, SlotRoom, Start
 from ensemble.core.packing import SlotBook
 from ensemble.core.plan import Plan
 from ensemble.core.runs import (
@@ -118,7 +118,7 @@ class Dispatcher:
     @property
     def known(self) -> frozenset[Pair]:
         """The attempts that we hold: running, claimed ahead, or ended and held back."""
-        runs = [(run.claim.id, run.claim.attempt) for run in self._runs.values()]
+        runs = [(run.id, run.attempt) for run in self._runs.values()]
         ended = [(held.end.id, held.end.attempt) for held in self._held_back]
         return self._plan.kept.union(runs, ended)
 
@@ -191,7 +191,7 @@ class Dispatcher:
     def validate(self) -> None:
         """Raise AssertionError unless the invariants hold."""
         self._plan.validate(self._runs.keys())
-        assert all(run.claim.id == task_id for task_id, run in self._runs.items())
+        assert all(run.id == task_id for task_id, run in self._runs.items())
         held = [*self._runs, *(task_id for task_id, _ in self._plan.kept)]
         assert len(held) == len(set(held)), "a task is held twice"
         assert not (self._is_gone and held), "left with tasks"
@@ -207,7 +207,7 @@ class Dispatcher:
         effects: list[Effect] = []
         while (found := self._plan.pop()) is not None:
             claim, placement = found
-            effects += self._launch(Run(claim=claim, placement=placement))
+            effects += self._launch(claim, placement)
         if self._is_claiming:
             # A task that was too wide for what we asked for may fit now.
             self._ask_again = self._ask_again or self._plan.is_roomier()
@@ -242,17 +242,17 @@ class Dispatcher:
         if not self.is_leaving and claim.id not in self._runs:
             placement = self._plan.place(claim)
             if placement is not None:
-                return self._launch(Run(claim=claim, placement=placement))
+                return self._launch(claim, placement)
             if self._plan.keep(claim):
                 return []
         return self._give_back(claim)
 
-    def _launch(self, run: Run) -> list[Effect]:
-        self._runs[run.claim.id] = run
+    def _launch(self, claim: Claim, placement: Placement) -> list[Effect]:
+        self._runs[claim.id] = Run.of(claim, placement)
         self._idle_since = None
-        return [Launch(run.claim, run.placement)]
+        return [Launch(claim, placement)]
 
-    def _give_back(self, *claims: Claim, at: datetime | None = None) -> list[Effect]:
+    def _give_back(self, *claims: Claim | Run, at: datetime | None = None) -> list[Effect]:
         """Report claims that were never started; without the lease there is nothing to give back."""
         if self._is_lost:
             return []
@@ -317,7 +317,7 @@ class Dispatcher:
         run = self._take_out(event.id, event.attempt)
         if run is None or run.ending is Ending.LOST:
             return self._refill()
-        return [*self._give_back(run.claim, at=event.at), *self._refill()]
+        return [*self._give_back(run, at=event.at), *self._refill()]
 
     def _ended(self, event: Ended) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
@@ -330,7 +330,7 @@ class Dispatcher:
             return [RecordEnd(end), *self._refill()]
         run.started_at = event.started_at or run.started_at
         if run.started_at is not None:
-            self._plan.learn(run.claim, (event.at - run.started_at).total_seconds())
+            self._plan.learn(run.num_nodes, (event.at - run.started_at).total_seconds())
         end = end_of(run, event)
         if (
             run.ending is None
@@ -345,7 +345,7 @@ class Dispatcher:
 
     def _run(self, task_id: int, attempt: int) -> Run | None:
         run = self._runs.get(task_id)
-        return run if run is not None and run.claim.attempt == attempt else None
+        return run if run is not None and run.attempt == attempt else None
 
     def _take_out(self, task_id: int, attempt: int) -> Run | None:
         run = self._run(task_id, attempt)
@@ -372,7 +372,7 @@ class Dispatcher:
     def _time_out(self) -> list[Effect]:
         due = []
         for run in self._runs.values():
-            limit = run.claim.time_limit_minutes
+            limit = run.time_limit_minutes
             if limit is None or run.started_at is None or run.ending is not None:
                 continue
             if run.limit_at is None:
@@ -383,7 +383,7 @@ class Dispatcher:
             return []
         for run in due:
             run.ending = Ending.TIME_LIMIT
-        pairs = tuple((run.claim.id, run.claim.attempt) for run in due)
+        pairs = tuple((run.id, run.attempt) for run in due)
         return [MarkTimedOut(pairs), *(Terminate(task_id) for task_id, _ in pairs)]
 
     def _drain(self, reason: str) -> list[Effect]:
@@ -396,9 +396,9 @@ class Dispatcher:
         for run in self._runs.values():
             if run.ending is None:
                 run.ending = Ending.DRAINED
-                effects.append(Terminate(run.claim.id, is_forced=is_second))
+                effects.append(Terminate(run.id, is_forced=is_second))
             elif is_second:
-                effects.append(Terminate(run.claim.id, is_forced=True))
+                effects.append(Terminate(run.id, is_forced=True))
         return effects
 
     def _lose(self, reason: str) -> list[Effect]:

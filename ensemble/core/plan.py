@@ -48,8 +48,8 @@ class Plan(Protocol):
     def started(self, task_id: int) -> None:
         """A placed task runs."""
 
-    def learn(self, claim: Claim, took_s: float) -> None:
-        """Take in how long a run took."""
+    def learn(self, num_nodes: int, took_s: float) -> None:
+        """Take in how long a run on so many nodes took."""
 
     def room(self, left_s: float | None) -> Room | SlotRoom | None:
         """Return what to ask the store for now; None when nothing more is wanted."""

@@ -38,14 +38,28 @@ class Ending(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """A task in the book."""
+    """A task in the book: of its claim, only what is needed until its end."""
 
-    claim: Claim
+    id: int
+    attempt: int
+    num_nodes: int
+    time_limit_minutes: float | None
     placement: Placement
     started_at: datetime | None = None
     #: Counted from the first tick after the start, so that a limit is never enforced early.
     limit_at: float | None = None
     ending: Ending | None = None
+
+    @classmethod
+    def of(cls, claim: Claim, placement: Placement) -> Run:
+        """Begin a claimed task's run."""
+        return cls(
+            id=claim.id,
+            attempt=claim.attempt,
+            num_nodes=claim.num_nodes,
+            time_limit_minutes=claim.time_limit_minutes,
+            placement=placement,
+        )
 
 
 def failed_start(
@@ -58,8 +72,8 @@ def failed_start(
 ) -> End:
     """Return the end of a run whose program could not be started, with what its launcher printed."""
     return End(
-        id=run.claim.id,
-        attempt=run.claim.attempt,
+        id=run.id,
+        attempt=run.attempt,
         outcome=Outcome.ERROR,
         at=at,
         started_at=run.started_at,
@@ -76,8 +90,8 @@ def end_of(run: Run, event: Ended) -> End:
     """Return the end of a run whose processes are gone."""
     outcome, cause, reason = _meaning(run, event)
     return End(
-        id=run.claim.id,
-        attempt=run.claim.attempt,
+        id=run.id,
+        attempt=run.attempt,
         outcome=outcome,
         at=event.at,
         started_at=run.started_at,
@@ -105,8 +119,8 @@ def lost_with_node(run: Run, at: datetime, reason: str) -> End:
         case _:
             assert_never(run.ending)
     return End(
-        id=run.claim.id,
-        attempt=run.claim.attempt,
+        id=run.id,
+        attempt=run.attempt,
         outcome=outcome,
         at=at,
         started_at=run.started_at,
@@ -117,7 +131,7 @@ def lost_with_node(run: Run, at: datetime, reason: str) -> End:
 
 
 def _limit(run: Run) -> str:
-    return f"{run.claim.time_limit_minutes:g} minutes"
+    return f"{run.time_limit_minutes:g} minutes"
 
 
 def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]:

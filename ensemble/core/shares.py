@@ -49,7 +49,8 @@ class _Place:
     #: Whether its pilot can be reached: if not, nothing new is sent there.
     is_up: bool = True
     still_ticks: int = 0
-    claims: dict[int, Claim] = field(default_factory=dict)
+    #: The attempts that are here, and what each takes.
+    tasks: dict[int, tuple[int, Need]] = field(default_factory=dict)
     #: As counted in the sums over all nodes: its free part, how many wait, and what it is to the store.
     free: float = 0.0
     waits: int = 0
@@ -86,7 +87,8 @@ class Shares:
             slots_per_node: So many tasks share a node at least, whatever their packing count says.
         """
         self._slots = slots_per_node
-        self._whole: tuple[Vacancy, ...] = ()
+        #: The nodes as they are when nothing runs there, alike ones counted together.
+        self._kinds: Counter[Vacancy] = Counter()
         self._places: dict[str, _Place] = {}
         self._of: dict[int, _Place] = {}
         self._by_free = _Ranking(lambda place: -place.free)
@@ -117,7 +119,7 @@ class Shares:
         """A pilot joined: its node is free."""
         assert node.name not in self._places, "the node is in use"
         place = self._places[node.name] = _Place(node, NodeQueue(book), Placement(nodes=(node,)))
-        self._whole = self._kinds_of_nodes()
+        self._kinds[book.whole] += 1
         self._up += 1
         self._changed(place, is_freer=True)
 
@@ -134,7 +136,7 @@ class Shares:
         self._by_waiting[len(place.queue.book.gpus)].discard(place)
         self._uncounted.pop(name, None)
         self._count(place)
-        self._whole = self._kinds_of_nodes()
+        _take_one(self._kinds, place.queue.book.whole)
 
     def remove(self, name: str) -> list[int]:
         """Forget a node; return the tasks that were on it."""
@@ -142,10 +144,10 @@ class Shares:
         place = self._places.pop(name, None)
         if place is None:
             return []
-        for task_id in place.claims:
+        for task_id in place.tasks:
             del self._of[task_id]
-        self._started.difference_update(place.claims)
-        return list(place.claims)
+        self._started.difference_update(place.tasks)
+        return list(place.tasks)
 
     # ------------------------------------------------------------------ the plan
 
@@ -173,7 +175,7 @@ class Shares:
         place = self._place_now(claim.id, need) or self._place_ahead(claim.id, need)
         if place is None:
             return None
-        place.claims[claim.id] = claim
+        place.tasks[claim.id] = (claim.attempt, need)
         self._of[claim.id] = place
         return place.placement
 
@@ -197,7 +199,7 @@ class Shares:
         place = self._of.pop(task_id, None)
         if place is None:
             return  # its node was removed
-        del place.claims[task_id]
+        del place.tasks[task_id]
         self._started.discard(task_id)
         queue = place.queue
         if not queue.drop(task_id):
@@ -211,7 +213,7 @@ class Shares:
         if task_id in self._of:
             self._started.add(task_id)
 
-    def learn(self, claim: Claim, took_s: float) -> None:
+    def learn(self, num_nodes: int, took_s: float) -> None:
         """Take in the length of a run: a moving mean of them is the usual one."""
         took_s = max(took_s, 0.0)
         last_s = took_s if self._usual_s is None else self._usual_s
@@ -227,7 +229,7 @@ class Shares:
         ahead = max(self._wanted - self._waiting, 0)
         return SlotRoom(
             free=free,
-            whole=self._whole,
+            whole=_told(self._kinds),
             left_s=left_s,
             max_tasks=_BATCH,
             ahead=min(ahead, _BATCH),
@@ -238,7 +240,7 @@ class Shares:
         """Return the nodes as they are when nothing runs on them."""
         return SlotRoom(
             free=(),
-            whole=self._whole,
+            whole=_told(self._kinds),
             left_s=left_s,
             max_tasks=0,
             slots_per_node=self._slots,
@@ -258,7 +260,7 @@ class Shares:
                 continue
             self._agree(place)
             if is_closing or place.still_ticks >= _PATIENCE_TICKS:
-                recalled += [(id, place.claims[id].attempt) for id in place.queue.waiting]
+                recalled += [(id, place.tasks[id][0]) for id in place.queue.waiting]
         if recalled:
             self._usual_s = None
         return [], recalled
@@ -270,9 +272,9 @@ class Shares:
         for place in self._places.values():
             place.queue.book.validate()
             free += place.queue.book.free if place.is_up else 0.0
-            held = {id for id in place.claims if id in place.queue.book}
+            held = {id for id in place.tasks if id in place.queue.book}
             assert held.isdisjoint(place.queue.waiting), "a task runs and waits"
-            assert held.union(place.queue.waiting) == place.claims.keys(), "a task is misplaced"
+            assert held.union(place.queue.waiting) == place.tasks.keys(), "a task is misplaced"
             assert len(held) == len(place.queue.book), "a part is held by nobody"
         assert abs(free - self._free) < 1e-6, "free parts do not add up"
         waiting = sum(len(p.queue.waiting) for p in self._places.values() if p.is_up)
@@ -353,12 +355,12 @@ class Shares:
         queue = place.queue
         odd = [task_id for task_id in queue.waiting if task_id in self._started]
         for task_id in odd:
-            need = need_of(place.claims[task_id], self._slots)
+            need = place.tasks[task_id][1]
             unseen = [other for other in queue.book.holders if other not in self._started]
             while unseen and not queue.book.fits(need):
                 other = unseen.pop()
                 queue.book.release(other)
-                queue.add(other, need_of(place.claims[other], self._slots))
+                queue.add(other, place.tasks[other][1])
             queue.start(task_id)
         if odd:
             self._go_on(place)
@@ -407,7 +409,7 @@ class Shares:
         for place in self._uncounted.values():
             self._count(place)
         self._uncounted.clear()
-        return tuple(replace(kind, nodes=self._alike[kind]) for kind in _notable(self._alike))
+        return _told(self._alike)
 
     def _count(self, place: _Place) -> None:
         book = place.queue.book
@@ -415,27 +417,32 @@ class Shares:
         if vacancy == place.vacancy:
             return
         if place.vacancy is not None:
-            self._alike[place.vacancy] -= 1
-            if not self._alike[place.vacancy]:
-                del self._alike[place.vacancy]
+            _take_one(self._alike, place.vacancy)
         if vacancy is not None:
             self._alike[vacancy] += 1
         place.vacancy = vacancy
 
-    def _kinds_of_nodes(self) -> tuple[Vacancy, ...]:
-        alike = Counter(p.queue.book.whole for p in self._places.values() if p.is_up)
-        return tuple(replace(kind, nodes=nodes) for kind, nodes in alike.items())
+
+def _take_one(kinds: Counter[Vacancy], kind: Vacancy) -> None:
+    kinds[kind] -= 1
+    if not kinds[kind]:
+        del kinds[kind]
+
+
+def _told(kinds: Counter[Vacancy]) -> tuple[Vacancy, ...]:
+    """Return kinds of nodes as the store is told of them, with their numbers."""
+    return tuple(replace(kind, nodes=kinds[kind]) for kind in _notable(kinds))
 
 
 def _notable(kinds: Collection[Vacancy]) -> Collection[Vacancy]:
     """Return the kinds of nodes that the store should know of, for its choice has a limit."""
     if len(kinds) <= _KINDS:
         return kinds
-    keys: tuple[Callable[[Vacancy], tuple[float, float]], ...] = (
+    keys: tuple[Callable[[Vacancy], tuple[float, ...]], ...] = (
         lambda kind: (float(kind.share), kind.cores),
         lambda kind: (kind.cores, float(kind.share)),
-        lambda kind: (kind.gpus, float(kind.share)),
-        lambda kind: (kind.memory_mb or 0, float(kind.share)),
+        lambda kind: (kind.gpus, kind.memory_mb or 0, float(kind.share)),
+        lambda kind: (kind.memory_mb or 0, kind.gpus, float(kind.share)),
     )
     best = (kind for key in keys for kind in heapq.nlargest(_KINDS_BY_ONE, kinds, key=key))
     return dict.fromkeys(best)

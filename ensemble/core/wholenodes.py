@@ -69,9 +69,9 @@ class WholeNodes:
     def started(self, task_id: int) -> None:
         """Nothing changes: it has had its nodes since it was placed."""
 
-    def learn(self, claim: Claim, took_s: float) -> None:
+    def learn(self, num_nodes: int, took_s: float) -> None:
         """Take in the length of a run: short single-node ones are claimed ahead."""
-        if claim.num_nodes == 1:
+        if num_nodes == 1:
             self._ahead.learn(took_s)
 
     def room(self, left_s: float | None) -> Room | None:

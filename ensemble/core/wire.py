@@ -131,11 +131,12 @@ class Welcome(Message, frozen=True):
     gpus: list[str]
     memory_mb: int | None
     slots_per_node: int
-    site: str
+    #: A path, and below an environment: bytes, as they may be no UTF-8.
+    site: bytes
     #: What begins the markers of its tasks' processes.
     marker_prefix: str
     #: The launcher's own environment: what tasks start from, but for what is local to the node.
-    environ: dict[str, str]
+    environ: dict[bytes, bytes]
     grace_s: float
     error_tail_lines: int
     is_pinned: bool

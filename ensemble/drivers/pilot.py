@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -103,6 +104,7 @@ class Pilot(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._decoder = wire.Decoder[FromLauncher](FromLauncher)
         self._welcome: Welcome | None = None
+        self._site = ""
         self._environs: Environs | None = None
         self._exits = process.Exits()
         self._queue = NodeQueue(SlotBook(()))
@@ -114,6 +116,8 @@ class Pilot(asyncio.Protocol):
         self._last_report = 0.0
         #: The smallest difference seen between our clock and the launcher's.
         self._clock_offset: float | None = None
+        #: After this moment others may run our tasks.
+        self._deadline = math.inf
         self._last_pulse = 0.0
         self._workers: set[asyncio.Task[None]] = set()
         self._is_leaving = False
@@ -194,8 +198,9 @@ class Pilot(asyncio.Protocol):
         now = _now()
         offset = now - beat.at
         self._clock_offset = min(offset, self._clock_offset or offset)
+        self._deadline = beat.at + self._clock_offset + beat.lives_s
         if self._guard is not None:
-            self._guard.deadline(beat.at + self._clock_offset + beat.lives_s)
+            self._guard.deadline(self._deadline)
         if now - self._last_pulse >= min(_PULSE_S, beat.lives_s / 4):
             self._last_pulse = now
             self._send(Pulse(now))
@@ -209,8 +214,8 @@ class Pilot(asyncio.Protocol):
         self._fill()
 
     def _fill(self) -> None:
-        """Start what fits."""
-        if self._is_leaving:
+        """Start what fits; nothing when we, and our guard, stood still for so long that we are given up."""
+        if self._is_leaving or _now() > self._deadline:
             return
         while self._queue.waiting:
             found = self._queue.pop()
@@ -250,7 +255,7 @@ class Pilot(asyncio.Protocol):
         kept = None
         try:
             env = self._environs.of(work, slot)
-            cwd = f"{self._welcome.site}/{work.workdir}"
+            cwd = f"{self._site}/{work.workdir}"
             kept = Tail() if work.output is Output.TAIL else None
             output = kept if work.output is not Output.FILE else f"{cwd}/{work.name}.out"
             cpus = slot.cpus if work.is_bound else ()
@@ -326,7 +331,7 @@ class Pilot(asyncio.Protocol):
             return last_lines(kept, lines)
         if work.output is Output.NONE:
             return None
-        return tail(Path(self._welcome.site, work.workdir, f"{work.name}.out"), lines)
+        return tail(Path(self._site, work.workdir, f"{work.name}.out"), lines)
 
     def _kill(self, kill: Kill) -> None:
         for task_id, attempt in kill.pairs:
@@ -357,7 +362,7 @@ class Pilot(asyncio.Protocol):
         else:
             del self._preparing[task_id]
             self._queue.book.release(task_id)
-            self._loop.call_soon(self._fill)
+        self._loop.call_soon(self._fill)  # others may have waited for it
         self._report.dropped.append((task_id, attempt))
         self._tell()
 

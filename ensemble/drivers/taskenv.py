@@ -66,7 +66,9 @@ class Environs:
         """
         own = os.environ if environ is None else environ
         self._welcome = welcome
-        self._base = welcome.environ | {name: own[name] for name in _LOCAL if name in own}
+        base = {os.fsdecode(name): os.fsdecode(value) for name, value in welcome.environ.items()}
+        self._base = base | {name: own[name] for name in _LOCAL if name in own}
+        self._site = os.fsdecode(welcome.site)
         self._gpu_variables = [name for name in hardware.GPU_VARIABLES if name in own]
         self._scripts: dict[str, dict[str, str]] = {}
 
@@ -81,7 +83,7 @@ class Environs:
             LaunchError: It failed.
         """
         if script is not None:
-            self._scripts[script] = await source(script, self._base, cwd=self._welcome.site)
+            self._scripts[script] = await source(script, self._base, cwd=self._site)
 
     def of(self, work: Work, slot: Slot) -> dict[str, str]:
         """Return a task's whole environment."""
@@ -97,7 +99,7 @@ class Environs:
         env.update(
             identity(
                 work,
-                site=self._welcome.site,
+                site=self._site,
                 nodes=(self._welcome.node,),
                 marker_prefix=self._welcome.marker_prefix,
             )

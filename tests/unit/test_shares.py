@@ -46,7 +46,7 @@ def place(plan: Shares, *claims: Claim) -> list[str | None]:
 
 def learn(plan: Shares, took_s: float) -> None:
     for _ in range(100):
-        plan.learn(task(0), took_s)
+        plan.learn(1, took_s)
 
 
 def waiting(plan: Shares) -> set[int]:
@@ -112,7 +112,7 @@ def test_gpus_are_found_on_the_fullest_node():
 def test_what_a_dropped_task_waited_for_is_others_at_once():
     plan = plan_of(book())
     place(plan, task(1, 2))
-    plan.learn(task(0), 0.1)
+    plan.learn(1, 0.1)
     assert place(plan, task(2, 1)) == ["n0"]
     assert waiting(plan) == {2}
     assert plan.room(None).free == ()
@@ -125,7 +125,7 @@ def test_what_a_dropped_task_waited_for_is_others_at_once():
 def test_a_device_that_comes_free_as_another_task_takes_the_part_is_found():
     plan = plan_of(book(gpus=1))
     place(plan, task(1, 2, gpus_per_rank=1), task(2, 2))
-    plan.learn(task(0), 0.1)
+    plan.learn(1, 0.1)
     assert place(plan, task(3, 2)) == ["n0"]
     assert waiting(plan) == {3}
     plan._wanted, plan._usual_s = 0, None
@@ -138,7 +138,7 @@ def test_a_device_that_comes_free_as_another_task_takes_the_part_is_found():
 
 def test_what_fits_beside_a_task_that_waits_starts_as_it_does_at_the_pilot():
     plan = plan_of(book())
-    plan.learn(task(0), 0.01)
+    plan.learn(1, 0.01)
     place(plan, task(1, 2), task(2, 1))
     assert waiting(plan) == {2}
     assert place(plan, task(3, 2)) == ["n0"]
@@ -217,7 +217,7 @@ class Nodes:
             self.plan.release(task_id)
 
     def learn(self, n, _need):
-        self.plan.learn(task(0), (0.1, 30.0)[n % 2])
+        self.plan.learn(1, (0.1, 30.0)[n % 2])
 
     def tick(self, _n, _need):
         self.plan.tick(is_closing=False)
