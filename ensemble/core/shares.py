@@ -7,16 +7,16 @@ is bounded in time, and nothing is where tasks are long (docs/decisions/0007-ser
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
 from itertools import islice
 
 from ensemble.core.events import Pair
 from ensemble.core.model import Claim, Need, Node, Placement, SlotRoom, Vacancy
 from ensemble.core.packing import NodeQueue, SlotBook
+from ensemble.core.places import Kinds, Place, Ranking
 
 #: Runs longer than this are not sent ahead.
 _SHORT_S = 2.0
@@ -29,9 +29,6 @@ _BATCH = 512
 _PATIENCE_TICKS = 2
 #: Needs remembered, so that alike ones are one value.
 _KNOWN = 1024
-#: Kinds of free nodes told to the store: of each thing, those that have most of it.
-_KINDS = 64
-_KINDS_BY_ONE = 16
 #: How many of the freest nodes are tried before all are.
 _TRIED = 8
 #: After so many changes, or needs, what is known of where a need fits is found anew.
@@ -40,39 +37,12 @@ _NEEDS = 256
 
 
 @dataclass(slots=True)
-class _Place:
-    """A node with a pilot."""
-
-    node: Node
-    queue: NodeQueue
-    placement: Placement
-    #: Whether its pilot can be reached: if not, nothing new is sent there.
-    is_up: bool = True
-    still_ticks: int = 0
-    #: The attempts that are here, and what each takes.
-    tasks: dict[int, tuple[int, Need]] = field(default_factory=dict)
-    #: As counted in the sums over all nodes: its free part, how many wait, and what it is to the store.
-    free: float = 0.0
-    waits: int = 0
-    vacancy: Vacancy | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a task may start here at once: what waits comes first."""
-        return self.is_up and not self.queue.waiting
-
-    def has_room(self, need: Need) -> bool:
-        """Tell whether a task may start here at once, and fits."""
-        return self.is_open and self.queue.book.fits(need)
-
-
-@dataclass(slots=True)
 class _Search:
     """Where a need that found no place among the freest nodes may fit."""
 
     need: Need
     #: Nodes where it did when last seen.
-    places: deque[_Place]
+    places: deque[Place]
     #: How many of the changes since then have been looked at.
     seen: int
 
@@ -88,18 +58,18 @@ class Shares:
         """
         self._slots = slots_per_node
         #: The nodes as they are when nothing runs there, alike ones counted together.
-        self._kinds: Counter[Vacancy] = Counter()
-        self._places: dict[str, _Place] = {}
-        self._of: dict[int, _Place] = {}
-        self._by_free = _Ranking(lambda place: -place.free)
+        self._kinds = Kinds()
+        self._places: dict[str, Place] = {}
+        self._of: dict[int, Place] = {}
+        self._by_free = Ranking(lambda place: -place.free)
         #: By the number of GPUs: a task waits where it will fit.
-        self._by_waiting: dict[int, _Ranking] = {}
+        self._by_waiting: dict[int, Ranking] = {}
         #: Nodes where something came free, in this order, and needs that look there.
-        self._changes: list[_Place] = []
+        self._changes: list[Place] = []
         self._searches: dict[Need, _Search] = {}
         #: What is free, nodes that are alike counted together; and nodes that changed since.
-        self._alike: Counter[Vacancy] = Counter()
-        self._uncounted: dict[str, _Place] = {}
+        self._alike = Kinds()
+        self._uncounted: dict[str, Place] = {}
         #: Tasks that are said to run.
         self._started: set[int] = set()
         self._known: dict[Need, Need] = {}
@@ -118,8 +88,8 @@ class Shares:
     def add(self, node: Node, book: SlotBook) -> None:
         """A pilot joined: its node is free."""
         assert node.name not in self._places, "the node is in use"
-        place = self._places[node.name] = _Place(node, NodeQueue(book), Placement(nodes=(node,)))
-        self._kinds[book.whole] += 1
+        place = self._places[node.name] = Place(node, NodeQueue(book), Placement(nodes=(node,)))
+        self._kinds.exchange(None, book.whole)
         self._up += 1
         self._changed(place, is_freer=True)
 
@@ -136,7 +106,7 @@ class Shares:
         self._by_waiting[len(place.queue.book.gpus)].discard(place)
         self._uncounted.pop(name, None)
         self._count(place)
-        _take_one(self._kinds, place.queue.book.whole)
+        self._kinds.exchange(place.queue.book.whole, None)
 
     def remove(self, name: str) -> list[int]:
         """Forget a node; return the tasks that were on it."""
@@ -229,7 +199,7 @@ class Shares:
         ahead = max(self._wanted - self._waiting, 0)
         return SlotRoom(
             free=free,
-            whole=_told(self._kinds),
+            whole=self._kinds.told(),
             left_s=left_s,
             max_tasks=_BATCH,
             ahead=min(ahead, _BATCH),
@@ -240,7 +210,7 @@ class Shares:
         """Return the nodes as they are when nothing runs on them."""
         return SlotRoom(
             free=(),
-            whole=_told(self._kinds),
+            whole=self._kinds.told(),
             left_s=left_s,
             max_tasks=0,
             slots_per_node=self._slots,
@@ -282,14 +252,14 @@ class Shares:
 
     # ------------------------------------------------------------------ choosing
 
-    def _place_now(self, task_id: int, need: Need) -> _Place | None:
+    def _place_now(self, task_id: int, need: Need) -> Place | None:
         place = self._find_free(need)
         if place is not None:
             place.queue.book.claim(task_id, need)
             self._changed(place)
         return place
 
-    def _find_free(self, need: Need) -> _Place | None:
+    def _find_free(self, need: Need) -> Place | None:
         """Return the freest node that has room; where that is none of the first, any that has."""
         if need not in self._searches:
             for place in islice(self._by_free.best(), _TRIED):
@@ -300,7 +270,7 @@ class Shares:
             self._begin_search(need)
         return self._search(self._searches[need])
 
-    def _search(self, search: _Search) -> _Place | None:
+    def _search(self, search: _Search) -> Place | None:
         """Go on where it was left: nodes that had no room have none, unless they changed since."""
         while search.places or search.seen < len(self._changes):
             if not search.places:
@@ -323,7 +293,7 @@ class Shares:
         self._changes.clear()
         self._searches.clear()
 
-    def _place_ahead(self, task_id: int, need: Need) -> _Place | None:
+    def _place_ahead(self, task_id: int, need: Need) -> Place | None:
         if self._waiting >= max(self._wanted, self._count_wanted()):
             return None
         for gpus, ranking in self._by_waiting.items():
@@ -335,19 +305,19 @@ class Shares:
                     return place
         return None
 
-    def _queue_up(self, place: _Place, task_id: int, need: Need) -> None:
+    def _queue_up(self, place: Place, task_id: int, need: Need) -> None:
         if not place.waits:
             place.still_ticks = 0
         place.queue.add(task_id, need)
         self._go_on(place)
 
-    def _go_on(self, place: _Place) -> None:
+    def _go_on(self, place: Place) -> None:
         """Start what fits, as the pilot does."""
         while place.queue.waiting and place.queue.pop() is not None:
             pass
         self._changed(place, is_freer=True)
 
-    def _agree(self, place: _Place) -> None:
+    def _agree(self, place: Place) -> None:
         """Let those run in the mirror that do on the node.
 
         Where needs differ, a pilot that saw ends and new tasks in another order chose others.
@@ -365,7 +335,7 @@ class Shares:
         if odd:
             self._go_on(place)
 
-    def _changed(self, place: _Place, *, is_freer: bool = False) -> None:
+    def _changed(self, place: Place, *, is_freer: bool = False) -> None:
         """Bring the sums up to date with a node.
 
         Args:
@@ -389,10 +359,10 @@ class Shares:
             if len(self._changes) > _CHANGES:
                 self._forget_searches()
 
-    def _ranking_for(self, place: _Place) -> _Ranking:
+    def _ranking_for(self, place: Place) -> Ranking:
         gpus = len(place.queue.book.gpus)
         if gpus not in self._by_waiting:
-            self._by_waiting[gpus] = _Ranking(lambda place: place.waits)
+            self._by_waiting[gpus] = Ranking(lambda place: place.waits)
         return self._by_waiting[gpus]
 
     def _count_wanted(self) -> int:
@@ -409,43 +379,13 @@ class Shares:
         for place in self._uncounted.values():
             self._count(place)
         self._uncounted.clear()
-        return _told(self._alike)
+        return self._alike.told()
 
-    def _count(self, place: _Place) -> None:
+    def _count(self, place: Place) -> None:
         book = place.queue.book
         vacancy = book.vacancy if place.is_open and place.free > 0 else None
-        if vacancy == place.vacancy:
-            return
-        if place.vacancy is not None:
-            _take_one(self._alike, place.vacancy)
-        if vacancy is not None:
-            self._alike[vacancy] += 1
+        self._alike.exchange(place.vacancy, vacancy)
         place.vacancy = vacancy
-
-
-def _take_one(kinds: Counter[Vacancy], kind: Vacancy) -> None:
-    kinds[kind] -= 1
-    if not kinds[kind]:
-        del kinds[kind]
-
-
-def _told(kinds: Counter[Vacancy]) -> tuple[Vacancy, ...]:
-    """Return kinds of nodes as the store is told of them, with their numbers."""
-    return tuple(replace(kind, nodes=kinds[kind]) for kind in _notable(kinds))
-
-
-def _notable(kinds: Collection[Vacancy]) -> Collection[Vacancy]:
-    """Return the kinds of nodes that the store should know of, for its choice has a limit."""
-    if len(kinds) <= _KINDS:
-        return kinds
-    keys: tuple[Callable[[Vacancy], tuple[float, ...]], ...] = (
-        lambda kind: (float(kind.share), kind.cores),
-        lambda kind: (kind.cores, float(kind.share)),
-        lambda kind: (kind.gpus, kind.memory_mb or 0, float(kind.share)),
-        lambda kind: (kind.memory_mb or 0, kind.gpus, float(kind.share)),
-    )
-    best = (kind for key in keys for kind in heapq.nlargest(_KINDS_BY_ONE, kinds, key=key))
-    return dict.fromkeys(best)
 
 
 def need_of(claim: Claim, slots_per_node: int = 1) -> Need:
@@ -457,44 +397,3 @@ def need_of(claim: Claim, slots_per_node: int = 1) -> Need:
         gpus=claim.gpus_per_rank,
         memory_mb=claim.memory_mb,
     )
-
-
-class _Ranking:
-    """Nodes by a key that changes, the smallest first: a heap in which old entries are left to rot."""
-
-    def __init__(self, key: Callable[[_Place], float]) -> None:
-        self._key = key
-        self._version = 0
-        self._heap: list[tuple[float, int, _Place]] = []
-        self._current: dict[str, tuple[float, int, _Place]] = {}
-
-    def update(self, place: _Place) -> None:
-        """Take in that a node is new, or that its key may have changed."""
-        key = self._key(place)
-        known = self._current.get(place.node.name)
-        if known is not None and known[0] == key and known[2] is place:
-            return
-        self._version += 1
-        entry = self._current[place.node.name] = (key, self._version, place)
-        heapq.heappush(self._heap, entry)
-        if len(self._heap) > 64 + 4 * len(self._current):
-            self._heap = list(self._current.values())
-            heapq.heapify(self._heap)
-
-    def discard(self, place: _Place) -> None:
-        """Forget a node."""
-        self._current.pop(place.node.name, None)
-
-    def best(self) -> Iterator[_Place]:
-        """Yield nodes, the first of the ranking first; the last one yielded may be changed."""
-        looked: list[tuple[float, int, _Place]] = []
-        try:
-            while self._heap:
-                entry = heapq.heappop(self._heap)
-                if self._current.get(entry[2].node.name) is entry:
-                    looked.append(entry)
-                    yield entry[2]
-        finally:
-            for entry in looked:
-                if self._current.get(entry[2].node.name) is entry:
-                    heapq.heappush(self._heap, entry)

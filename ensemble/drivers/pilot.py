@@ -180,6 +180,7 @@ class Pilot(asyncio.Protocol):
 
     def _start_work(self, welcome: Welcome) -> None:
         self._welcome = welcome
+        self._site = os.fsdecode(welcome.site)
         # srun hands on the name of the host that it runs on.
         own = {name: socket.gethostname() for name in ("HOSTNAME",) if name in os.environ}
         self._environs = Environs(welcome, {**os.environ, **own})
