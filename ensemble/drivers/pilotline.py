@@ -15,6 +15,9 @@ sends SIGUSR1 to all ranks when one of them ends, even with 0. PALS, aprun and j
 of no such flag, and flux's shell goes on by itself.
 
 A lost node: Slurm ends the whole job, whatever srun is told, unless the job itself was submitted with --no-kill.
+One that does not answer from the start makes srun give up after MessageTimeout, and end the pilots that it did start;
+the launcher then starts the others again without that node. An srun that is killed takes its pilots along (a process
+beside it sees to that), and they are started again, too.
 """
 
 from __future__ import annotations

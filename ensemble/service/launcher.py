@@ -57,6 +57,7 @@ from ensemble.service.reaper import reap
 from ensemble.service.recorder import Recorder
 from ensemble.service.runner import Post, Runner, Spawn
 from ensemble.service.tally import Tally
+from ensemble.service.trust import Trust
 
 T = TypeVar("T")
 
@@ -121,10 +122,12 @@ class Launcher:
         self._largest = (0, 0)
         #: Why nothing can be run any more.
         self._failure: LaunchError | None = None
+        self._trust = Trust(
+            lease, settings, guard, self._log, on_lost=lambda why: self._post(LeaseLost(reason=why))
+        )
         self._last_signal = -math.inf
         #: What bounds the wait for the last answers, once nothing runs any more.
         self._patience: asyncio.Timeout | None = None
-        self._trusted_until = math.inf
         now = runtime.boottime_s()
         self._dispatcher = Dispatcher(self._runner.plan(), policy, now=now)
         self._tally = Tally(nodes=len(nodes), now=now)
@@ -138,8 +141,7 @@ class Launcher:
             self._post(WorkRang())
             leave = await self._work()
             self._log.info("launcher.leaving", reason=leave.reason)
-            if self._guard is not None:
-                self._guard.deadline(math.inf)  # nothing of ours runs: what is left is to report
+            self._trust.let_go()  # nothing of ours runs: what is left is to report
             closing = self._group.create_task(self._runner.close())
             if not leave.is_lost:
                 await self._tell_left_alone()
@@ -163,7 +165,7 @@ class Launcher:
             bell.run(),
             self._recorder.run(),
             self._tick(),
-            self._beat(),
+            self._trust.run(),
             self._watch_kills(),
             self._watch_work(),
             self._reconcile(),
@@ -305,7 +307,7 @@ class Launcher:
         while True:
             await asyncio.sleep(TICK_S)
             self._post(Ticked(now=runtime.boottime_s()))
-            if runtime.boottime_s() > self._trusted_until and not self._dispatcher.is_leaving:
+            if self._trust.is_over and not self._dispatcher.is_leaving:
                 # Others may take our tasks soon: end them now, while nobody can have started them.
                 self._log.error("lease.not_trusted")
                 self._post(DrainAsked(reason="the database was away for too long"))
@@ -318,37 +320,6 @@ class Launcher:
                     done=self._tally.done,
                     not_done=shown - self._tally.done,
                 )
-
-    async def _beat(self) -> None:
-        """Renew the lease, and tell the guard how long it may be trusted."""
-        ttl_s = self._settings.lease_ttl_s
-        trust_s = ttl_s - min(self._settings.grace_s + 60.0, ttl_s / 2)
-        # Close to the lease's end even KILL must have worked; the guard acts if we cannot.
-        guard_s = trust_s + (ttl_s - trust_s) / 2
-        self._trusted_until = runtime.boottime_s() + trust_s
-        if self._guard is not None:  # tasks may run before the first renewal is answered
-            self._guard.deadline(runtime.boottime_s() + guard_s)
-        while True:
-            sent = runtime.boottime_s()
-            if await self._renew(patience_s=min(max(trust_s / 3, 0.5), 30.0)):
-                self._trusted_until = sent + trust_s
-                if self._guard is not None and self._patience is None:
-                    self._guard.deadline(sent + guard_s)
-                await asyncio.sleep(min(self._settings.heartbeat_s, trust_s / 3))
-            else:
-                await asyncio.sleep(min(1.0, trust_s / 10))
-
-    async def _renew(self, *, patience_s: float) -> bool:
-        try:
-            async with asyncio.timeout(patience_s):
-                await self._lease.renew()
-        except LeaseLostError as error:
-            self._post(LeaseLost(reason=str(error)))
-            await asyncio.Event().wait()  # nothing is left to renew
-        except (StoreUnavailableError, TimeoutError) as error:
-            self._log.warning("lease.not_renewed", error=str(error) or "no answer")
-            return False
-        return True
 
     def _on_ring(self, channel: str) -> None:
         if channel in (listener.KILL, listener.RESYNC):

@@ -180,6 +180,8 @@ class Pilots:
     def launch(self, effect: Launch) -> None:
         """Send a task to the pilot of its node."""
         pilot_ = self._by_name[effect.placement.nodes[0].name]
+        if pilot_.connection is None:
+            return  # it was lost a moment ago, and the dispatcher will hear of it next
         self._of[effect.claim.id] = (pilot_, effect.claim.attempt)
         pilot_.run.append(_work(effect.claim, self._base.slots_per_node))
         self._touch(pilot_)
