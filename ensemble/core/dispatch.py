@@ -53,6 +53,7 @@ from ensemble.core.events import (
     Ticked,
     WorkRang,
 )
+from ensemble.core.holding import Holding
 from ensemble.core.model import Claim, End, Outcome, Placement, Room, SlotRoom, Start
 from ensemble.core.packing import SlotBook
 from ensemble.core.plan import Plan
@@ -60,7 +61,6 @@ from ensemble.core.runs import (
     Ending,
     Run,
     end_of,
-    explained,
     failed_start,
     lost_with_node,
     may_be_schedulers,
@@ -82,15 +82,6 @@ class Policy:
     signal_hold_s: float = 0.0
 
 
-@dataclass(slots=True, kw_only=True)
-class HeldBack:
-    """An exit by signal that a drain may yet explain."""
-
-    end: End
-    #: When it is an error after all; counted from the first tick after it.
-    until: float | None = None
-
-
 class Dispatcher:
     """Decides for one launcher which tasks run where, and when it leaves."""
 
@@ -99,7 +90,7 @@ class Dispatcher:
         self._policy = policy
         self._now = now
         self._runs: dict[int, Run] = {}
-        self._held_back: list[HeldBack] = []
+        self._holding = Holding(policy.signal_hold_s)
         self._is_claiming = False
         #: Something changed since we asked: an empty answer is not the last word.
         self._ask_again = False
@@ -119,8 +110,7 @@ class Dispatcher:
     def known(self) -> frozenset[Pair]:
         """The attempts that we hold: running, claimed ahead, or ended and held back."""
         runs = [(run.id, run.attempt) for run in self._runs.values()]
-        ended = [(held.end.id, held.end.attempt) for held in self._held_back]
-        return self._plan.kept.union(runs, ended)
+        return self._plan.kept.union(runs, self._holding.pairs)
 
     @property
     def running(self) -> int:
@@ -286,9 +276,7 @@ class Dispatcher:
             end = lost_with_node(run, event.at, event.reason)
             if run.ending is Ending.LOST:
                 continue
-            if run.ending is None and self._policy.signal_hold_s > 0 and not self.is_leaving:
-                self._held_back.append(HeldBack(end=end))
-            else:
+            if run.ending is not None or self.is_leaving or not self._holding.take(end):
                 effects.append(RecordEnd(end))
         if not self._runs and self._idle_since is None:
             self._idle_since = self._now
@@ -332,14 +320,8 @@ class Dispatcher:
         if run.started_at is not None:
             self._plan.learn(run.num_nodes, (event.at - run.started_at).total_seconds())
         end = end_of(run, event)
-        if (
-            run.ending is None
-            and may_be_schedulers(event.status)
-            and self._policy.signal_hold_s > 0
-            and not self.is_leaving
-        ):
-            # The scheduler's signal often hits the tasks before it reaches us.
-            self._held_back.append(HeldBack(end=end))
+        may_be_explained = run.ending is None and may_be_schedulers(event.status)
+        if may_be_explained and not self.is_leaving and self._holding.take(end):
             return self._refill()
         return [RecordEnd(end), *self._refill()]
 
@@ -391,8 +373,7 @@ class Dispatcher:
         self._leaving = self._leaving or reason
         effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
         effects += self._give_back(*self._plan.clear())
-        effects += [RecordEnd(explained(held.end, reason)) for held in self._held_back]
-        self._held_back.clear()
+        effects += map(RecordEnd, self._holding.explain(reason))
         for run in self._runs.values():
             if run.ending is None:
                 run.ending = Ending.DRAINED
@@ -406,7 +387,7 @@ class Dispatcher:
         if self._is_lost:
             return []
         self._leaving = reason
-        self._held_back.clear()
+        self._holding.clear()
         self._plan.clear()
         for run in self._runs.values():
             run.ending = Ending.LOST
@@ -417,7 +398,7 @@ class Dispatcher:
 
     def _ticked(self, now: float) -> list[Effect]:
         self._now = now
-        effects = [*self._release_held_back(), *self._time_out()]
+        effects = [*map(RecordEnd, self._holding.tick(now)), *self._time_out()]
         effects += self._tick_plan()
         if self._is_over() and not self.is_leaving:
             return [*effects, *self._drain("the time of the allocation is over")]
@@ -430,15 +411,6 @@ class Dispatcher:
         kept, waiting = self._plan.tick(is_closing=self.is_leaving or not self._has_time())
         effects = self._give_back(*kept)
         return [*effects, Recall(tuple(waiting))] if waiting else effects
-
-    def _release_held_back(self) -> list[Effect]:
-        now, all_held = self._now, self._held_back
-        due = [held.end for held in all_held if held.until is not None and held.until <= now]
-        self._held_back = [held for held in all_held if held.until is None or held.until > now]
-        for held in self._held_back:
-            if held.until is None:
-                held.until = now + self._policy.signal_hold_s
-        return [RecordEnd(end) for end in due]
 
     def _left_s(self) -> float | None:
         return None if self._policy.deadline is None else self._policy.deadline - self._now
@@ -453,7 +425,7 @@ class Dispatcher:
 
     def _consider_leaving(self) -> list[Effect]:
         """Leave when there is nothing to do, or no time to do anything more."""
-        if self._runs or self._is_claiming or self.is_leaving or self._held_back:
+        if self._runs or self._is_claiming or self.is_leaving or self._holding:
             return []
         if not self._has_time():
             self._leaving = "no time is left to start anything"
@@ -464,7 +436,7 @@ class Dispatcher:
         return [AskProspect()]
 
     def _is_long_idle(self) -> bool:
-        if self._runs or self._is_claiming or self._held_back or self._idle_since is None:
+        if self._runs or self._is_claiming or self._holding or self._idle_since is None:
             return False
         if not self._plan.total:
             return False  # pilots are on their way
