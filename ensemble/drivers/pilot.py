@@ -419,7 +419,9 @@ class Pilot(asyncio.Protocol):
             self._spawn(self._abandon(says_gone=says_gone))
 
     async def _abandon(self, *, says_gone: bool) -> None:
-        self._send_report()
+        if self._report_timer is not None:
+            self._report_timer.cancel()
+        self._send_report()  # what had ended before
         self._is_abandoned = True
         await self._end_all(is_forced=True)
         if says_gone:

@@ -1,0 +1,123 @@
+"""mpi mode in real Slurm jobs: a step for each task, made by srun or by the MPI's own launcher."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from ensemble.core.model import Cause, NewTask, Outcome, Output
+from ensemble.core.states import State
+from tests.integration.launching import MPICH, WHEEL, sh
+from tests.slurm.batch import STUBBORN, Batch, SlurmEnsemble
+
+#: The settings, and what a task of MPICH's must tell the launcher.
+LAUNCHERS = [
+    pytest.param({"MPI_LAUNCHER": "srun"}, ["--mpi=pmi2"], id="srun"),
+    pytest.param(
+        {},
+        [],
+        id="mpich",
+        marks=pytest.mark.skipif(
+            not MPICH.exists(), reason="NOT TESTED with MPICH: no mpiexec of it"
+        ),
+    ),
+]
+pytestmark = [
+    WHEEL,
+    pytest.mark.mpi,
+    pytest.mark.parametrize(("settings", "flags"), LAUNCHERS),
+]
+
+#: In one write: other ranks write to the same file.
+RANK = """
+import mpi4py.MPI as M, os, sys
+os.write(1, f"{M.COMM_WORLD.rank} {M.COMM_WORLD.size} {os.environ['SLURMD_NODENAME']}\\n".encode())
+"""
+#: Ends well when it is asked to, and says so.
+POLITE = "trap 'echo asked; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+def told(script: str, **fields: Any) -> NewTask:
+    return sh(script, **{"output": Output.FILE, **fields})
+
+
+def lines(text: str) -> list[str]:
+    """Return what ranks wrote, without srun's own remarks."""
+    return [line for line in text.splitlines() if not line.startswith("srun:")]
+
+
+async def start(ens: SlurmEnsemble, settings: dict[str, str], *others: NewTask) -> Batch:
+    """Start a job in which a task of four ranks on two nodes, task 1, and others run."""
+    await ens.store.add([told(POLITE, num_nodes=2, ranks_per_node=2), *others])
+    job = ens.batch("--idle-timeout=0", job_mode="mpi", settings=settings)
+    await ens.settle(job, State.RUNNING)
+    wide = await ens.task(1)
+    await ens.eventually(lambda: ens.output(wide).count("ready") == 4)
+    return job
+
+
+def assert_asked(output: str, settings: dict[str, str]) -> None:
+    """Check that a step's ranks were asked to end; Hydra's own srun may be first, and kill its ranks."""
+    assert output.count("ready") == 4
+    assert output.count("asked") == 4 or settings == {}
+
+
+async def test_wide_and_narrow_tasks_run_side_by_side(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    rank = [sys.executable, "-c", RANK]
+    wide = NewTask(
+        command=rank,
+        name="wide",
+        num_nodes=2,
+        ranks_per_node=2,
+        mpi_flags=flags,
+        output=Output.FILE,
+    )
+    narrow = [told(f"echo $SLURMD_NODENAME; exit {code}") for code in (0, 3, 0, 77)]
+    missing = NewTask(command=["no-such-program"], name="missing", output=Output.FILE)
+    await ens.store.add([wide, *narrow, missing])
+    job = ens.batch("--idle-timeout=0", job_mode="mpi", settings=settings)
+    assert await job.end() == "COMPLETED 0:0", job.log
+    tasks, nodes = await ens.tasks(), await ens.nodes_of()
+    first, second = nodes[tasks[0].id].split(",")
+    assert sorted(lines(ens.output(tasks[0]))) == [
+        f"{rank} 4 {node}" for rank, node in enumerate([first, first, second, second])
+    ]
+    for task in tasks[1:5]:
+        assert nodes[task.id] in lines(ens.output(task))
+    assert [task.exit_code for task in tasks[:5]] == [0, 0, 3, 0, 77]
+    assert tasks[5].cause is Cause.COULD_NOT_START
+
+
+async def test_a_killed_task_is_asked_first_on_every_node(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    job = await start(ens, settings, told("sleep 600"))
+    await ens.store.kill([1, 2], reason="diverged")
+    assert await job.end() == "COMPLETED 0:0", job.log
+    assert await ens.states() == [State.USER_KILLED] * 2
+    assert_asked(ens.output(await ens.task(1)), settings)
+
+
+async def test_a_drain_ends_what_runs_on_all_nodes(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    job = await start(ens, settings, told("sleep 600"), told(STUBBORN))
+    ens.slurm.run("scancel", "--batch", "--signal=TERM", job.id)
+    assert await job.end() == "COMPLETED 0:0", job.log
+    assert await ens.states() == [State.RESTART_READY] * 3
+    assert_asked(ens.output(await ens.task(1)), settings)
+
+
+async def test_scancel_leaves_nothing_behind(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    job = await start(ens, settings, told("sleep 600"), told(STUBBORN))
+    ens.slurm.run("scancel", job.id)
+    await ens.settle(job, State.RESTART_READY)
+    assert await job.end() == "CANCELLED 0:0", job.log
+    for task in await ens.tasks():
+        assert await ens.outcomes(task.id) == [Outcome.TIMEOUT]

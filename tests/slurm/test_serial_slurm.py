@@ -1,0 +1,230 @@
+"""Serial mode in real Slurm jobs: srun starts a pilot on each of four nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from ensemble.core.model import NewTask, Outcome, Output, Selector
+from ensemble.core.states import State
+from tests.integration.launching import WHEEL, sh
+from tests.slurm.batch import FOUR_NODES, STUBBORN, Batch, SlurmEnsemble
+from tests.slurm.cluster import NODES, parent_of
+
+pytestmark = WHEEL
+
+#: Losses are noticed soon.
+HASTY = {"LAUNCHER_PILOT_PATIENCE_S": 4, "LAUNCHER_PILOT_JOIN_S": 10}
+#: Otherwise Slurm ends a whole job with its first lost node.
+NO_KILL = (*FOUR_NODES, "--no-kill")
+#: Runs until `let_go`.
+WAITING = "until test -e ../go; do sleep 0.1; done"
+
+
+def share(script: str, packing: int, **fields: Any) -> NewTask:
+    """Make a task that takes a part of a node and says where it is."""
+    where = "echo $SLURMD_NODENAME $ENSEMBLE_NODES; "
+    return sh(where + script, node_packing_count=packing, **{"output": Output.FILE, **fields})
+
+
+async def let_go(ens: SlurmEnsemble, task_id: int) -> None:
+    (ens.workdir(await ens.task(task_id)).parent / "go").touch()
+
+
+async def ran_again_of(ens: SlurmEnsemble, before: dict[int, str], *nodes: str) -> None:
+    """Check that the tasks of lost nodes, and no others, were run twice, the last time to their end."""
+    assert set(await ens.states()) == {State.JOB_FINISHED}
+    for task, node in before.items():
+        lost = [Outcome.LOST] * (node in nodes)
+        assert await ens.outcomes(task) == [*lost, Outcome.DONE], f"task {task} of {node}"
+
+
+async def test_tasks_of_mixed_packing_fill_all_nodes(ens: SlurmEnsemble) -> None:
+    await ens.store.add(
+        [share("sleep 0.2", packing) for packing in (2, 4, 8, 16) for _ in range(50)]
+    )
+    job = ens.batch("--idle-timeout=0")
+    assert await job.end() == "COMPLETED 0:0", job.log
+    assert await ens.states() == [State.JOB_FINISHED] * 200
+    recorded = await ens.nodes_of()
+    for task in await ens.tasks():
+        assert ens.output(task).split() == [recorded[task.id]] * 2
+    used = Counter(recorded.values())
+    assert set(used) == set(NODES)
+    assert min(used.values()) >= 20, used
+
+
+@pytest.mark.mpi
+async def test_a_task_sees_a_clean_environment_and_may_use_slurm_and_mpi(
+    ens: SlurmEnsemble,
+) -> None:
+    scripts = {
+        "env": "env",
+        "srun": "srun --quiet -n1 -w $SLURMD_NODENAME sh -c 'echo in $SLURMD_NODENAME'",
+        "mpi": "mpiexec -n 2 sh -c 'echo $PMI_RANK of $PMI_SIZE in $SLURMD_NODENAME'",
+    }
+    # One to a node, and for long enough that not all of them are on the first one to be there.
+    tasks = [share(f"{script}; sleep 1", 1, name=name) for name, script in scripts.items()]
+    await ens.store.add(tasks * 2)
+    job = ens.batch("--idle-timeout=0")
+    assert await job.end() == "COMPLETED 0:0", job.log
+    assert len(set((await ens.nodes_of()).values())) > 1
+    for task in await ens.tasks():
+        (where, _), *said = [line.split(" ", 1) for line in ens.output(task).splitlines()]
+        lines = [" ".join(words) for words in said]
+        match task.name:
+            case "srun":
+                assert lines == [f"in {where}"]
+            case "mpi":
+                assert sorted(lines) == [f"{rank} of 2 in {where}" for rank in range(2)]
+            case _:
+                assert_clean(dict(line.split("=", 1) for line in lines if "=" in line), job, where)
+
+
+def assert_clean(env: dict[str, str], job: Batch, node: str) -> None:
+    assert {name: value for name, value in env.items() if name.startswith("SLURM")} == {
+        "SLURMD_NODENAME": node,
+        "SLURM_CLUSTER_NAME": "ensembletest",
+        "SLURM_CONF": str(job.slurm.path / "slurm.conf"),
+        "SLURM_JOB_CPUS_PER_NODE": "4",
+        "SLURM_JOB_ID": job.id,
+        "SLURM_JOB_NODELIST": node,
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NNODES": "1",
+        "SLURM_NODELIST": node,
+        "SLURM_OVERLAP": "1",
+        "SLURM_TASKS_PER_NODE": "4",
+        "SLURM_WORKING_CLUSTER": env["SLURM_WORKING_CLUSTER"],
+    }
+    strange = ("PMI", "OMPI", "PRTE", "MPI_", "HYDI", "SRUN", "ENSEMBLE_GUARD")
+    assert [name for name in env if name.startswith(strange)] == []
+    assert env["HOSTNAME"] == os.uname().nodename, "not that of the job's first node"
+
+
+async def test_a_kill_from_outside_frees_the_place_at_once(ens: SlurmEnsemble) -> None:
+    victims = await ens.store.add([share(STUBBORN, 2) for _ in range(8)])
+    job = ens.batch("--idle-timeout=0")
+    await ens.settle(job, State.RUNNING)
+    (successor,) = await ens.store.add([share("true", 2)])
+    await ens.store.kill([victims[3]], reason="diverged")
+    await ens.gone(victims[3])
+    await ens.reach(State.JOB_FINISHED, successor, within_s=5)
+    nodes = await ens.nodes_of()
+    assert nodes[successor] == nodes[victims[3]]
+    await ens.store.kill(victims, reason="all of them")
+    assert await job.end() == "COMPLETED 0:0", job.log
+    assert await ens.states() == [State.USER_KILLED] * 8 + [State.JOB_FINISHED]
+
+
+async def test_a_drained_job_is_finished_by_the_next_one(ens: SlurmEnsemble) -> None:
+    long = await ens.store.add(
+        [share("test $ENSEMBLE_ATTEMPT = 2 || sleep 600", 4) for _ in range(12)]
+    )
+    short = await ens.store.add([share("sleep 0.3", 4, priority=-1) for _ in range(24)])
+    first = ens.batch("--idle-timeout=0")
+    await ens.reach(State.RUNNING, *long)
+    ens.slurm.run("scancel", "--batch", "--signal=TERM", first.id)
+    assert await first.end() == "COMPLETED 0:0", first.log
+    states = await ens.store.task_states(Selector())
+    assert {states[task] for task in long} == {State.RESTART_READY}
+    second = ens.batch("--idle-timeout=0")
+    assert await second.end() == "COMPLETED 0:0", second.log
+    assert set(await ens.states()) == {State.JOB_FINISHED}
+    for task in [*long, *short]:
+        outcomes = await ens.outcomes(task)
+        assert outcomes.count(Outcome.DONE) == 1
+        assert set(outcomes) <= {Outcome.DONE, Outcome.TIMEOUT, Outcome.GIVEN_BACK}
+        assert task in short or outcomes == [Outcome.TIMEOUT, Outcome.DONE]
+
+
+async def test_scancel_leaves_nothing_behind(ens: SlurmEnsemble) -> None:
+    # TERM to everything, and to srun, which then ends its ranks; five seconds later KILL.
+    await ens.store.add([share("sleep 600", 4) for _ in range(8)])
+    await ens.store.add([share(STUBBORN, 4) for _ in range(4)])
+    job = ens.batch("--idle-timeout=0")
+    await ens.settle(job, State.RUNNING)
+    ens.slurm.run("scancel", job.id)
+    await ens.settle(job, State.RESTART_READY)
+    assert await job.end() == "CANCELLED 0:0", job.log
+    for task in await ens.tasks():
+        assert await ens.outcomes(task.id) == [Outcome.TIMEOUT]
+
+
+async def test_a_launcher_leaves_before_its_job_ends(ens: SlurmEnsemble) -> None:
+    # By the end that Slurm tells, two minutes from the start; and only on the nodes that it was given.
+    await ens.store.add([share("sleep 600", 2) for _ in range(4)])
+    settings = {"LAUNCHER_MARGIN_S": 116}
+    job = ens.batch("--nodes=2", sbatch=(*FOUR_NODES, "-t2"), settings=settings)
+    assert await job.end() == "COMPLETED 0:0", job.log
+    assert "the time of the allocation is over" in job.log
+    assert await ens.states() == [State.RESTART_READY] * 4
+    assert Counter((await ens.nodes_of()).values()) == {"n0": 2, "n1": 2}
+
+
+@pytest.mark.parametrize("victim", ["pilot", "guard"])
+async def test_a_killed_pilot_loses_its_own_tasks_only(ens: SlurmEnsemble, victim: str) -> None:
+    tasks = await ens.store.add([share(WAITING, 2) for _ in range(8)])
+    job = ens.batch("--idle-timeout=0", settings=HASTY)
+    await ens.settle(job, State.RUNNING)
+    before = await ens.nodes_of()
+    (pid,) = job.pilots("n2") if victim == "pilot" else job.guards("n2")
+    os.kill(pid, signal.SIGKILL)
+    await job.until("node.lost")
+    await job.until("pilot.joined", count=5)  # the node gets another one
+    await let_go(ens, tasks[0])
+    assert await job.end() == "COMPLETED 0:0", job.log
+    await ran_again_of(ens, before, "n2")
+
+
+async def test_a_lost_node_s_tasks_run_elsewhere(ens: SlurmEnsemble) -> None:
+    tasks = await ens.store.add([share(WAITING, 2) for _ in range(8)])
+    job = ens.batch("--idle-timeout=0", sbatch=NO_KILL, settings=HASTY)
+    await ens.settle(job, State.RUNNING)
+    before = await ens.nodes_of()
+    with ens.slurm.without("n3"):
+        await job.until("node.lost")
+        ens.slurm.declare_down("n3")
+        await let_go(ens, tasks[0])
+        assert await job.end() == "COMPLETED 0:0", job.log
+    await ran_again_of(ens, before, "n3")
+    after = await ens.nodes_of()
+    assert all(after[task] == node for task, node in before.items() if node != "n3")
+    assert "n3" not in after.values()
+
+
+async def test_pilots_are_started_again_when_their_srun_was_killed(ens: SlurmEnsemble) -> None:
+    # srun has a companion that ends the step when srun is killed.
+    tasks = await ens.store.add([share(WAITING, 2) for _ in range(8)])
+    job = ens.batch("--idle-timeout=0", settings=HASTY)
+    await ens.settle(job, State.RUNNING)
+    before = await ens.nodes_of()
+    both = job.processes("ens-pilots")
+    (srun,) = [pid for pid in both if parent_of(pid) not in both]
+    os.kill(srun, signal.SIGKILL)
+    await job.until("pilot.joined", count=8)
+    await let_go(ens, tasks[0])
+    assert await job.end() == "COMPLETED 0:0", job.log
+    await ran_again_of(ens, before, *NODES)
+
+
+async def test_a_node_that_never_answers_is_done_without(ens: SlurmEnsemble) -> None:
+    # After a while srun gives up, and ends the pilots that it did start; the next one goes without that node.
+    tasks = await ens.store.add([share(WAITING, 2) for _ in range(8)])
+    go = ens.site.path / "go"
+    wait = f"until test -e {go}; do sleep 0.05; done; rm {go}"
+    job = ens.batch("--idle-timeout=0", sbatch=NO_KILL, settings=HASTY, before=wait)
+    await ens.eventually(lambda: ens.slurm.state(job.id) == "RUNNING")
+    with ens.slurm.without("n3"):
+        go.touch()
+        await job.until("pilots.missing")
+        await job.until("pilot.joined", count=6)
+        await let_go(ens, tasks[0])
+        await job.until("launcher.ended")
+        ens.slurm.declare_down("n3")
+        assert await job.end() == "COMPLETED 0:0", job.log
+    assert await ens.states() == [State.JOB_FINISHED] * 8
+    assert set((await ens.nodes_of()).values()) == {"n0", "n1", "n2"}
