@@ -17,9 +17,12 @@ nodes free and its hold reported for release. Time is what the last Ticked said.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
+
+import msgspec
 
 from ensemble.core.events import (
     Ask,
@@ -268,11 +271,13 @@ class Dispatcher:
         self._ask_again = self._is_claiming
         return self._refill()
 
-    def _lose_tasks(self, task_ids: list[int], event: PilotLost) -> list[Effect]:
+    def _lose_tasks(self, had_place: Mapping[int, bool], event: PilotLost) -> list[Effect]:
         """Report what was on a lost node; in a batch job that ends, pilots are lost before we hear of it."""
         effects: list[Effect] = []
-        for task_id in task_ids:
+        for task_id in had_place:
             run = self._runs.pop(task_id)
+            if run.started_at is None and had_place[task_id]:
+                run.started_at = event.at  # it may have killed its pilot before that could tell
             end = lost_with_node(run, event.at, event.reason)
             if run.ending is Ending.LOST:
                 continue
@@ -318,6 +323,8 @@ class Dispatcher:
             return [RecordEnd(end), *self._refill()]
         run.started_at = event.started_at or run.started_at
         if run.started_at is not None:
+            if event.at < run.started_at:  # two reports, each dated by its own age
+                event = msgspec.structs.replace(event, at=run.started_at)
             self._plan.learn(run.num_nodes, (event.at - run.started_at).total_seconds())
         end = end_of(run, event)
         may_be_explained = run.ending is None and may_be_schedulers(event.status)

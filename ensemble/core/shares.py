@@ -108,16 +108,16 @@ class Shares:
         self._count(place)
         self._kinds.exchange(place.queue.book.whole, None)
 
-    def remove(self, name: str) -> list[int]:
-        """Forget a node; return the tasks that were on it."""
+    def remove(self, name: str) -> dict[int, bool]:
+        """Forget a node; return the tasks that were on it, and whether each had its part of it."""
         self.suspend(name)
         place = self._places.pop(name, None)
         if place is None:
-            return []
+            return {}
         for task_id in place.tasks:
             del self._of[task_id]
         self._started.difference_update(place.tasks)
-        return list(place.tasks)
+        return {task_id: task_id in place.queue.book for task_id in place.tasks}
 
     # ------------------------------------------------------------------ the plan
 

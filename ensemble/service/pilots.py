@@ -66,6 +66,8 @@ _BATCH = 128
 #: How often a node whose pilot was lost gets another one.
 _RESTARTS = 2
 _RESTART_S = 1.0
+#: A pilot that lived for so long may be restarted as often again.
+_STEADY_S = 600.0
 #: How long pilots have to leave in good order.
 _LEAVE_S = 10.0
 #: Instead of the number of a node's launch.
@@ -115,6 +117,7 @@ class _Pilot:
     beaten: float = 0.0
     is_local: bool = False
     restarts: int = 0
+    joined: float = 0.0
     marker_prefix: str = ""
     run: list[Work] = field(default_factory=list)
     kill: list[Pair] = field(default_factory=list)
@@ -331,7 +334,7 @@ class Pilots:
         connection.identify(pilot_)
         pilot_.connection, pilot_.is_up = connection, True
         pilot_.rank, pilot_.launch = hello.rank, hello.launch
-        pilot_.heard = runtime.boottime_s()
+        pilot_.heard = pilot_.joined = runtime.boottime_s()
         pilot_.is_local = pilot_.node.is_virtual or connection.is_local
         pilot_.marker_prefix = f"{self._base.marker_prefix}{hello.launch}-{hello.rank}."
         share = self._share(pilot_, hello)
@@ -448,6 +451,8 @@ class Pilots:
         self._log.error("node.lost", node=pilot_.node.name, reason=reason)
         now = runtime.utc_now()
         self._post(PilotLost(node=pilot_.node.name, at=now, reason=f"{pilot_.node.name}: {reason}"))
+        if runtime.boottime_s() - pilot_.joined > _STEADY_S:
+            pilot_.restarts = 0
         if may_return and pilot_.restarts < _RESTARTS and not self._is_closing:
             pilot_.restarts += 1
             pilot_.launch = _TO_BE_STARTED

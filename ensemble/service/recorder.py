@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ensemble.core.backoff import Backoff
 from ensemble.core.events import Pair
 from ensemble.core.leases import Lease, Verdicts
-from ensemble.core.model import End, Start, Verdict
+from ensemble.core.model import End, Outcome, Start, Verdict
 from ensemble.errors import StoreFullError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -62,7 +62,13 @@ class Recorder:
     def add_end(self, end: End) -> None:
         """Report an end, soon. It carries the start with it, if that is still here."""
         pair = (end.id, end.attempt)
-        self._starts.pop(pair, None)
+        if end.outcome is Outcome.LOST and end.started_at is not None:
+            # Only what is on record as started counts as lost: its start goes first.
+            start = Start(id=end.id, attempt=end.attempt, at=end.started_at, nodes=end.nodes)
+            self._starts.setdefault(pair, start)
+            self._ripe.add(pair)
+        else:
+            self._starts.pop(pair, None)
         self._ends[pair] = end
         self._wake()
 

@@ -225,7 +225,9 @@ class Ensemble:
     async def joined(self, launched: Launched, pilots: int = 2) -> dict[str, int]:
         """Wait until as many pilots have joined, in serial mode; return them by node."""
         with contextlib.suppress(AssertionError):
-            await self.eventually(lambda: len(launched.events("pilot.joined")) >= pilots, within_s=60)
+            await self.eventually(
+                lambda: len(launched.events("pilot.joined")) >= pilots, within_s=60
+            )
         assert len(launched.events("pilot.joined")) >= pilots, launched.log
         return launched.pilots()
 
