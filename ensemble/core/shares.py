@@ -73,6 +73,7 @@ class Shares:
         #: Tasks that are said to run.
         self._started: set[int] = set()
         self._known: dict[Need, Need] = {}
+        self._kept: dict[tuple[int, Need], tuple[int, Need]] = {}
         self._up = 0
         self._free = 0.0
         self._waiting = 0
@@ -141,11 +142,13 @@ class Shares:
         need = need_of(claim, self._slots)
         if len(self._known) > _KNOWN:
             self._known.clear()
+            self._kept.clear()
         need = self._known.setdefault(need, need)  # tasks are often alike: one value for all
         place = self._place_now(claim.id, need) or self._place_ahead(claim.id, need)
         if place is None:
             return None
-        place.tasks[claim.id] = (claim.attempt, need)
+        kept = (claim.attempt, need)
+        place.tasks[claim.id] = self._kept.setdefault(kept, kept)
         self._of[claim.id] = place
         return place.placement
 

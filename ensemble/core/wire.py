@@ -9,6 +9,7 @@ Times are seconds of the sender's CLOCK_BOOTTIME: no two hosts need to agree on 
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Generic, TypeVar
@@ -213,6 +214,12 @@ def encode(message: FromPilot | FromLauncher) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+@functools.cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Make the decoder of one direction, for all connections."""
+    return msgspec.msgpack.Decoder(kind)
+
+
 class Decoder(Generic[T]):
     """Turns what comes in, cut anywhere, into messages."""
 
@@ -223,7 +230,7 @@ class Decoder(Generic[T]):
             kind: Which.
             limit: The longest frame that is waited for, in bytes.
         """
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
+        self._decoder: msgspec.msgpack.Decoder[T] = _decoder(kind)
         #: The longest frame that is waited for; may be raised once the other end is known.
         self.limit = limit
         self._buffer = bytearray()

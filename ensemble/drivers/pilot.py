@@ -62,7 +62,7 @@ from ensemble.drivers.world import World, meet
 from ensemble.errors import EnsembleError, LaunchError, WireError
 
 #: Reports that come closer together than this are one.
-_REPORT_S = 0.02
+_REPORT_S = 0.03
 #: Ends in one report: each may carry an output's end twice, of 48 kB where it is no text, and must fit a frame.
 _DONE_AT_ONCE = 128
 #: A beat is answered when so long nothing was, or sooner where the launcher has less patience.

@@ -20,6 +20,7 @@ TOKEN_VARIABLE = "ENSEMBLE_TASK_TOKEN"  # noqa: S105 - not a secret
 Children = Callable[[int], list[int]]
 
 _CHUNK = 1 << 16
+_PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,17 @@ def list_adopted() -> list[int]:
     me = os.getpid()
     if not _has_children_files():
         return children_reader()(me)
-    return [int(word) for word in _read(f"/proc/{me}/task/{me}/children").split()]
+    data = chunk = os.pread(_own_children(me), _PAGE, 0)
+    while len(chunk) == _PAGE:
+        chunk = os.pread(_own_children(me), _PAGE, len(data))
+        data += chunk
+    return [int(word) for word in data.split()]
+
+
+@functools.cache
+def _own_children(me: int) -> int:
+    """Keep that file open: it is read after each task."""
+    return os.open(f"/proc/{me}/task/{me}/children", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def walk(tops: list[Stat], children: Children) -> Iterator[Stat]:

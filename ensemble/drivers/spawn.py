@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -76,12 +77,18 @@ def start_here(
     with _starting(argv):
         if not cpus:
             return _start(argv, env, cwd, output, _spawn)
-        own = os.sched_getaffinity(0)
+        own = _own_cpus()
         os.sched_setaffinity(0, cpus)
         try:
             return _start(argv, env, cwd, output, _spawn)
         finally:
             os.sched_setaffinity(0, own)
+
+
+@functools.cache
+def _own_cpus() -> set[int]:
+    """Return the hardware threads of this process, as they were when it first started a program."""
+    return os.sched_getaffinity(0)
 
 
 def keep_descriptors() -> None:

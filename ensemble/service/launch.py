@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import os
@@ -10,7 +11,6 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import ensemble
 from ensemble import log
@@ -84,13 +84,11 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         )
         if guard is not None:
             guard.lease(lease.id)
-        with _threads("start", _STARTERS) as executor, _threads("read", _READERS) as readers:
+        with contextlib.ExitStack() as threads:
             if found is not None and options.job_mode is JobMode.SERIAL:
                 make_runner = _make_pilots(site, options, allocation, lease, found)
             else:
-                make_runner = _make_mpi(
-                    site, allocation, lease, found, mpi_error, executor, readers
-                )
+                make_runner = _make_mpi(site, allocation, lease, found or mpi_error, threads)
             launcher = Launcher(
                 store=store,
                 lease=lease,
@@ -110,21 +108,22 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
 MakeRunner = Callable[[Post, Spawn], Runner]
 
 
-def _make_mpi(  # noqa: PLR0913 - made in one place
+def _make_mpi(
     site: Site,
     allocation: Allocation,
     lease: leases.Lease,
-    found: mpi.MpiLauncher | None,
-    mpi_error: str,
-    executor: ThreadPoolExecutor,
-    readers: ThreadPoolExecutor,
+    found: mpi.MpiLauncher | str,
+    threads: contextlib.ExitStack,
 ) -> MakeRunner:
+    launcher, mpi_error = (None, found) if isinstance(found, str) else (found, "")
+    executor = threads.enter_context(_threads("start", _STARTERS))
+    readers = threads.enter_context(_threads("read", _READERS))
     settings = site.settings.launcher
     ground = Ground(
         site=site.path,
         marker_prefix=sweep.marker_prefix(lease.id, process.identity()),
-        environ=_own_environ(found),
-        mpi=found,
+        environ=_own_environ(launcher),
+        mpi=launcher,
         mpi_error=mpi_error,
         is_single_rank_wrapped=site.settings.mpi.wrap_single_rank,
         executor=executor,
@@ -257,7 +256,7 @@ def _own_environ(found: mpi.MpiLauncher | None) -> dict[str, str]:
     return {name: value for name, value in clean.items() if not name.startswith("ENSEMBLE_GUARD_")}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _threads(name: str, count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for what may hang on a file system; the end does not wait for them.
 

@@ -119,6 +119,8 @@ class _Pilot:
     restarts: int = 0
     joined: float = 0.0
     marker_prefix: str = ""
+    #: This node with the number of an attempt: one value for all tasks here.
+    as_place: dict[int, tuple[_Pilot, int]] = field(default_factory=dict)
     run: list[Work] = field(default_factory=list)
     kill: list[Pair] = field(default_factory=list)
     force: list[Pair] = field(default_factory=list)
@@ -185,7 +187,8 @@ class Pilots:
         pilot_ = self._by_name[effect.placement.nodes[0].name]
         if pilot_.connection is None:
             return  # it was lost a moment ago, and the dispatcher will hear of it next
-        self._of[effect.claim.id] = (pilot_, effect.claim.attempt)
+        here = (pilot_, effect.claim.attempt)
+        self._of[effect.claim.id] = pilot_.as_place.setdefault(effect.claim.attempt, here)
         pilot_.run.append(_work(effect.claim, self._base.slots_per_node))
         self._touch(pilot_)
 
