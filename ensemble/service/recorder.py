@@ -7,6 +7,7 @@ its disk is full, reports wait here; a row that somebody's open transaction has 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from ensemble.errors import StoreFullError, StoreUnavailableError
 if TYPE_CHECKING:
     from ensemble.log import Logger
 
-#: A batch is sent when so many reports wait, or after so long.
+#: A batch is sent when so many reports wait, or so long after the last one.
 BATCH = 250
 DELAY_S = 0.05
 #: How long a row that is locked by somebody else is left alone.
@@ -37,6 +38,7 @@ class Recorder:
         self._ends: dict[Pair, End] = {}
         #: Starts that have waited for a batch: of a shorter run, start and end are one report.
         self._ripe: set[Pair] = set()
+        self._last_pass = -math.inf
         self._news = asyncio.Event()
         self._is_full = asyncio.Event()
         self._idle = asyncio.Event()
@@ -101,13 +103,15 @@ class Recorder:
             self._is_full.set()
 
     async def _gather(self) -> None:
-        """Let a batch come together."""
+        """Let a batch come together, when the last one was just before: what comes alone goes at once."""
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(DELAY_S):
+            async with asyncio.timeout_at(self._last_pass + DELAY_S):
                 await self._is_full.wait()
         except TimeoutError:
             pass
         self._is_full.clear()
+        self._last_pass = loop.time()
 
     async def _send(self) -> bool:
         """Send what waits, starts first; return whether rows were busy."""

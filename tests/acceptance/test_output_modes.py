@@ -17,8 +17,8 @@ import pytest
 
 from ensemble import api
 from ensemble.core.model import NewTask
+from ensemble.drivers.output import Tail
 from ensemble.errors import UsageError
-from ensemble.service.taskrun import PipedTail
 from tests.acceptance.test_cli import ROOT, Command, init, run
 
 MPICH = Path(sys.executable).parent / "mpiexec"
@@ -303,7 +303,7 @@ def test_the_ranks_of_one_task_have_one_tail(ens):
 
 async def test_a_tail_that_no_program_was_given_leaves_nothing_open():
     before = os.listdir("/proc/self/fd")
-    unused, used = PipedTail(), PipedTail()
+    unused, used = Tail(), Tail()
     write_fd = used.open()
     os.write(write_fd, b"kept")
     os.close(write_fd)

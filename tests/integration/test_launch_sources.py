@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.drivers.taskenv import source
 from ensemble.errors import LaunchError
-from ensemble.service.taskrun import source
 
 
 def script(tmp_path: Path, text: str) -> str:
