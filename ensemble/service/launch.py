@@ -26,7 +26,8 @@ from ensemble.errors import LaunchError
 from ensemble.service import pilots, runtime
 from ensemble.service.launcher import Launcher
 from ensemble.service.options import LaunchOptions
-from ensemble.service.pilots import Base, Pilots
+from ensemble.service.pilotbase import Base
+from ensemble.service.pilots import Pilots
 from ensemble.service.reaper import reap
 from ensemble.service.runner import MpiRunner, Post, Runner, Spawn
 from ensemble.service.taskrun import Ground

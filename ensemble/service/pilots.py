@@ -9,28 +9,23 @@ has ended it). Only then are its tasks reported lost, so that no second attempt 
 from __future__ import annotations
 
 import asyncio
-import math
-import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from ensemble.core.events import (
     CouldNotStart,
-    Ended,
     Event,
     Launch,
     Pair,
     PilotJoined,
     PilotLost,
     PilotSilent,
-    Skipped,
     Started,
 )
-from ensemble.core.model import Claim, Node
-from ensemble.core.shares import Shares, need_of
+from ensemble.core.model import Node
+from ensemble.core.shares import Shares
 from ensemble.core.wire import (
     PROTOCOL,
     Beat,
@@ -45,15 +40,14 @@ from ensemble.core.wire import (
     Recall,
     Report,
     Run,
-    Welcome,
     Work,
 )
-from ensemble.drivers import linkfile, mpi, output, pilot, pilotline, process, spawn, sweep
-from ensemble.drivers.guardlink import guard_argv
+from ensemble.drivers import linkfile, output, process, sweep
 from ensemble.drivers.link import Connection, LinkServer
-from ensemble.drivers.mpi import MpiLauncher
 from ensemble.errors import LaunchError, WireError
 from ensemble.service import runtime
+from ensemble.service.pilotbase import Base, start_mpirun, welcome
+from ensemble.service.pilotwords import events_of, work_of
 
 if TYPE_CHECKING:
     from ensemble.log import Logger
@@ -75,27 +69,6 @@ _TO_BE_STARTED = -1
 _GIVEN_UP = -2
 #: What is shown of an mpirun that failed.
 _SHOWN_LINES = 12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
-    """What pilots need to know of their launcher."""
-
-    site: Path
-    #: Where the link file and the output of mpirun go.
-    run_directory: Path
-    marker_prefix: str
-    #: The launcher's own environment, without what an outer MPI launch put there.
-    environ: Mapping[str, str]
-    mpi: MpiLauncher
-    launcher_id: int
-    grace_s: float
-    error_tail_lines: int
-    slots_per_node: int
-    is_pinned: bool
-    #: How long pilots may take to join, and how long a silent one is waited for.
-    join_s: float
-    patience_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -189,7 +162,7 @@ class Pilots:
             return  # it was lost a moment ago, and the dispatcher will hear of it next
         here = (pilot_, effect.claim.attempt)
         self._of[effect.claim.id] = pilot_.as_place.setdefault(effect.claim.attempt, here)
-        pilot_.run.append(_work(effect.claim, self._base.slots_per_node))
+        pilot_.run.append(work_of(effect.claim, self._base.slots_per_node))
         self._touch(pilot_)
 
     def terminate(self, task_id: int, *, is_forced: bool) -> None:
@@ -274,7 +247,7 @@ class Pilots:
         pilot_.heard = runtime.boottime_s()
         match message:
             case Report():
-                self._take_report(pilot_, message)
+                self._take_report(message)
             case Pulse():
                 pass
             case Note():
@@ -282,41 +255,11 @@ class Pilots:
             case _:
                 assert_never(message)
 
-    def _take_report(self, pilot_: _Pilot, report: Report) -> None:
-        # Times of the pilot's clock become ours by their age: no two hosts need agree on the time of day.
-        now = runtime.utc_now()
-        at_zero = now - timedelta(seconds=report.now)
-        post, of = self._post, self._of
-
-        def time(at: float) -> Any:
-            return min(at_zero + timedelta(seconds=at), now)
-
-        for task_id, attempt in report.dropped:
-            of.pop(task_id, None)
-            post(Skipped(id=task_id, attempt=attempt, at=now))
-        for ran in report.ran:
-            post(Started(id=ran.id, attempt=ran.attempt, at=time(ran.at)))
-        for failed in report.failed:
-            of.pop(failed.id, None)
-            post(
-                CouldNotStart(
-                    id=failed.id, attempt=failed.attempt, at=time(failed.at), reason=failed.reason
-                )
-            )
-        for done in report.done:
-            of.pop(done.id, None)
-            post(
-                Ended(
-                    id=done.id,
-                    attempt=done.attempt,
-                    at=time(done.at),
-                    status=done.status,
-                    was_signalled=done.was_signalled,
-                    error=done.error,
-                    output=done.output,
-                    started_at=time(done.started_at),
-                )
-            )
+    def _take_report(self, report: Report) -> None:
+        for event in events_of(report, runtime.utc_now()):
+            if not isinstance(event, Started):
+                self._of.pop(event.id, None)
+            self._post(event)
 
     def _join(self, connection: Connection, hello: Hello) -> None:
         """Take in a pilot, if it is one that was started."""
@@ -340,7 +283,9 @@ class Pilots:
         pilot_.heard = pilot_.joined = runtime.boottime_s()
         pilot_.is_local = pilot_.node.is_virtual or connection.is_local
         pilot_.marker_prefix = f"{self._base.marker_prefix}{hello.launch}-{hello.rank}."
-        share = self._share(pilot_, hello)
+        share = welcome(
+            self._base, pilot_.node, hello, (pilot_.index, len(self._pilots)), pilot_.marker_prefix
+        )
         self._log.info("pilot.joined", node=pilot_.node.name, host=hello.host, pid=hello.pid)
         if hello.note is not None and not launch.is_noted:
             launch.is_noted = True  # the others would say the same
@@ -377,31 +322,6 @@ class Pilots:
         if found.is_up or found.silent_until is not None:
             found = launched[hello.rank]
         return None if found.is_up or found.silent_until is not None else found
-
-    def _share(self, pilot_: _Pilot, hello: Hello) -> Welcome:
-        """Give a pilot its node: all of its host, or a virtual node's part of it."""
-        cores, gpus, memory_mb = hello.cores, hello.gpus, hello.memory_mb
-        environ = dict(self._base.environ)
-        if pilot_.node.is_virtual:
-            number = len(self._pilots)
-            cores = _part(cores, pilot_.index, number)
-            gpus = _part(gpus, pilot_.index, number)
-            memory_mb = None if memory_mb is None else memory_mb // number
-        else:
-            environ = mpi.environ_on_node(environ, pilot_.node)
-        return Welcome(
-            node=pilot_.node.name,
-            cores=cores,
-            gpus=gpus,
-            memory_mb=memory_mb,
-            slots_per_node=self._base.slots_per_node,
-            site=os.fsencode(self._base.site),
-            marker_prefix=pilot_.marker_prefix,
-            environ={os.fsencode(k): os.fsencode(v) for k, v in environ.items()},
-            grace_s=self._base.grace_s,
-            error_tail_lines=self._base.error_tail_lines,
-            is_pinned=self._base.is_pinned,
-        )
 
     # ------------------------------------------------------------------ pilots that are lost
 
@@ -542,11 +462,7 @@ class Pilots:
         )
         self._server.context = self._link.server_context()
         self._base.run_directory.mkdir(parents=True, exist_ok=True)
-        self._link.write(self._link_path)
-
-    @property
-    def _link_path(self) -> Path:
-        return self._base.run_directory / "link.json"
+        self._link.write(self._base.link_path)
 
     async def _start(self, pilots: Sequence[_Pilot]) -> None:
         """Start one mpirun for these nodes."""
@@ -557,35 +473,13 @@ class Pilots:
         for rank, pilot_ in enumerate(pilots):
             pilot_.launch, pilot_.rank = number, rank
         try:
-            launch.process = await asyncio.to_thread(self._start_process, launch)
+            launch.process = await asyncio.to_thread(
+                start_mpirun, self._base, number, [each.node for each in pilots], log
+            )
         except LaunchError as error:
             self._miss(launch, str(error))
             return
         self._spawn(self._watch(launch))
-
-    def _start_process(self, launch: _Launch) -> process.Process:
-        nodes = [each.node for each in launch.pilots]
-        program = guard_argv(
-            pilot.pilot_argv(self._link_path, launch.number, len(nodes)),
-            on_loss=pilot.gone_argv(self._link_path, launch.number),
-            is_exit_zero=True,
-        )
-        hostfile = None
-        if pilotline.needs_hostfile(self._base.mpi, nodes):
-            hostfile = self._base.run_directory / f"hosts-{launch.number}"
-            try:
-                hostfile.write_text(pilotline.hostfile_text(self._base.mpi, nodes))
-            except OSError as error:
-                raise LaunchError(f"cannot write {hostfile}: {error.strerror}") from error
-        environ = pilotline.pilot_environ(self._base.mpi, os.environ)
-        argv = pilotline.pilot_launch_argv(
-            self._base.mpi,
-            nodes,
-            program,
-            hostfile=hostfile,
-            exports=pilotline.exported(environ),
-        )
-        return spawn.start(argv, env=environ, cwd=self._base.run_directory, output=launch.log)
 
     async def _watch(self, launch: _Launch) -> None:
         """Wait for an mpirun's end: pilots that are there live on without it."""
@@ -633,33 +527,7 @@ class Pilots:
                 self._log.warning("mpirun.did_not_end", launch=launch.number)
             await process.end_tree(launch.process, grace_s=0)
         self._server.close()
-        self._link_path.unlink(missing_ok=True)
-
-
-def _work(claim: Claim, slots_per_node: int) -> Work:
-    return Work(
-        id=claim.id,
-        attempt=claim.attempt,
-        name=claim.name,
-        workflow=claim.workflow,
-        argv=claim.argv,
-        workdir=claim.workdir,
-        output=claim.output,
-        environ=claim.environ,
-        env_script=claim.env_script,
-        parent_ids=claim.parent_ids,
-        need=need_of(claim, slots_per_node),
-        is_bound=claim.cpu_affinity != "none",
-    )
-
-
-def _part(items: list[Any], index: int, number: int) -> list[Any]:
-    """Divide a list into parts of about one length; return one of them, empty when there are too few."""
-    if len(items) < number:
-        return []
-    return items[
-        math.ceil(index * len(items) / number) : math.ceil((index + 1) * len(items) / number)
-    ]
+        self._base.link_path.unlink(missing_ok=True)
 
 
 def _short(name: str) -> str:
