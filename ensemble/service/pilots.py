@@ -137,6 +137,8 @@ class Pilots:
         self._launches: list[_Launch] = []
         #: Where each task is, and which attempt at it.
         self._of: dict[int, tuple[_Pilot, int]] = {}
+        #: Some of these were on nodes that were lost.
+        self._has_lost = False
         self._touched: set[int] = set()
         self._is_flushing = False
         self._link: linkfile.LinkFile | None = None
@@ -369,8 +371,7 @@ class Pilots:
             return
         pilot_.is_up, pilot_.silent_until = False, None
         pilot_.run, pilot_.recall, pilot_.kill, pilot_.force = [], [], [], []
-        for task_id in [id for id, (where, _) in self._of.items() if where is pilot_]:
-            del self._of[task_id]
+        self._has_lost = True
         self._log.error("node.lost", node=pilot_.node.name, reason=reason)
         now = runtime.utc_now()
         self._post(PilotLost(node=pilot_.node.name, at=now, reason=f"{pilot_.node.name}: {reason}"))
@@ -423,6 +424,9 @@ class Pilots:
         await self._start(self._pilots)
         while True:
             await asyncio.sleep(self._beat_s / 2)
+            if self._has_lost:  # here, as hundreds of nodes may be lost at once
+                self._has_lost = False
+                self._of = {id: place for id, place in self._of.items() if place[0].is_up}
             now = runtime.boottime_s()
             for pilot_ in self._pilots:
                 self._look_at(pilot_, now)

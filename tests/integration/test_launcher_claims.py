@@ -9,11 +9,12 @@ import pytest
 
 from ensemble.config import LauncherSettings
 from ensemble.core.dispatch import Policy
-from ensemble.core.model import Node, Room
+from ensemble.core.model import JobMode, Node, Room
 from ensemble.core.states import State
 from ensemble.core.store import Store
 from ensemble.errors import StoreUnavailableError
 from ensemble.service.launcher import Launcher
+from ensemble.service.runner import MpiRunner
 from tests.integration.launching import WHEEL, Ensemble, sh
 from tests.integration.storing import Desk
 
@@ -26,14 +27,18 @@ async def test_a_filter_that_could_not_be_looked_up_does_not_let_everything_thro
     await desk.add(workflow="other")
     away = await Store.open(desk.store.address)
     await away.close()
+    nodes = [Node(name="n", cores=1)]
     launcher = Launcher(
         store=away,
         lease=await desk.register(),
-        nodes=[Node(name="n", cores=1)],
+        nodes=nodes,
         settings=LauncherSettings(),
         policy=Policy(),
         wf_filter="mine",
-        ground=cast("Any", None),
+        job_mode=JobMode.MPI,
+        make_runner=lambda post, spawn: MpiRunner(
+            nodes, cast("Any", None), max_launches=1, post=post, spawn=spawn
+        ),
         guard=None,
     )
     room = Room(nodes=1, left_s=None, max_tasks=1)
