@@ -31,6 +31,8 @@ settings.load_profile("ensemble")
 # A shell's background job ignores it, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup ignores this one, with the same effect.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Nothing of the caller's may leak into a test.
 for name in [name for name in os.environ if name.startswith(("ENSEMBLE_", "SLURM_", "PBS_"))]:

@@ -208,7 +208,8 @@ async def test_pilots_do_without_an_mpi_that_does_not_work(launcher, pilots, doe
     assert max(each["s"] for each in told) < 10
     assert pilots.mpirun.poll() is None
     pilots.end()
-    assert pilots.ended() == 0
+    # Where MPI was begun and never finalised, Hydra may kill who leaves last; they had nothing left to do.
+    assert pilots.ended() in ({0, 9} if launcher.flavor is Flavor.MPICH else {0})
 
 
 async def test_a_rank_without_mpi_and_without_a_launcher_says_what_to_do(tmp_path):
