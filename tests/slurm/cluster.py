@@ -92,6 +92,8 @@ class Slurm:
         found |= {parent for pid in found if is_step_daemon(parent := parent_of(pid))}
         self.daemons[name].kill()
         self.daemons.pop(name).wait()
+        # All at once: who is killed first must not be missed by who is killed last.
+        kill(found, signal.SIGSTOP)
         kill(found)
 
     @contextlib.contextmanager
@@ -213,10 +215,10 @@ def wait_for(condition: Callable[[], object], *, within_s: float) -> None:
         time.sleep(0.05)
 
 
-def kill(pids: set[int]) -> bool:
+def kill(pids: set[int], number: int = signal.SIGKILL) -> bool:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
     return bool(pids)
 
 
