@@ -141,7 +141,6 @@ class Pilots:
         self._has_lost = False
         self._touched: set[int] = set()
         self._is_flushing = False
-        self._link: linkfile.LinkFile | None = None
         self._server = LinkServer(
             on_message=self._on_message, on_lost=self._on_lost, spawn=spawn, log=log
         )
@@ -461,12 +460,10 @@ class Pilots:
         is_virtual = all(each.node.is_virtual for each in self._pilots)
         port = self._server.open("127.0.0.1" if is_virtual else None)
         addresses = ("127.0.0.1",) if is_virtual else linkfile.addresses_of_this_host()
-        self._link = linkfile.make(
-            addresses, port, len(self._pilots), launcher_id=self._base.launcher_id
-        )
-        self._server.context = self._link.server_context()
+        link = linkfile.make(addresses, port, len(self._pilots), launcher_id=self._base.launcher_id)
+        self._server.context = link.server_context()
         self._base.run_directory.mkdir(parents=True, exist_ok=True)
-        self._link.write(self._base.link_path)
+        link.write(self._base.link_path)
 
     async def _start(self, pilots: Sequence[_Pilot]) -> None:
         """Start one mpirun for these nodes."""
