@@ -96,6 +96,78 @@ class MpiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     wrap_single_rank: bool = False
 
 
+SchedulerName = Literal["auto", "slurm", "pbs", "cobalt", "lsf", "sge", "flux", "local"]
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which batch scheduler there is, and how to speak to it."""
+
+    #: `auto` is the one whose commands are on PATH; `local` runs batch jobs as processes on this machine.
+    kind: SchedulerName = "auto"
+    #: How long one of its commands may take: a controller that is down is noticed after nine seconds or so.
+    timeout_s: Period = 60.0
+    #: The template that `ensemble submit-launch` renders, in `templates/`.
+    template: str = "job.sh"
+    #: Batch jobs of `local` that run at a time.
+    max_running: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How `ensemble serve` behaves."""
+
+    #: Between two looks at the scheduler; centres ask for a minute or so.
+    period_s: Period = 60.0
+    #: Submissions in any 60 seconds, all queues together.
+    submissions_per_minute: Annotated[int, msgspec.Meta(ge=1)] = 10
+    #: A batch job that the scheduler does not list is given up after so many looks in a row ...
+    lost_looks: Annotated[int, msgspec.Meta(ge=1)] = 3
+    #: ... and so long.
+    lost_s: Delay = 120.0
+    #: How long a task is taken to run that has no wall_time_minutes and none like it has run.
+    assumed_minutes: Period = 10.0
+    #: A queue is paused after so many batch jobs in a row that ended before their launcher had registered.
+    max_failures: Annotated[int, msgspec.Meta(ge=1)] = 3
+    #: After a failure a queue waits so long, doubled with each one more, an hour at most.
+    retry_s: Delay = 30.0
+    #: After the scheduler has admitted no more, a queue waits so long.
+    capacity_retry_s: Delay = 300.0
+
+
+class QueueSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One queue policy, `[queue.NAME]`: what the service may submit there."""
+
+    #: Whether anything is submitted for it.
+    enabled: bool = True
+    #: The scheduler's name for the queue; NAME when left out.
+    queue: str | None = None
+    #: The project or account that is charged.
+    project: str | None = None
+    #: How its launchers run tasks: whole nodes each, or sharing nodes.
+    job_mode: Literal["mpi", "serial"] = "mpi"
+    #: Only workflows whose name contains it.
+    wf_filter: str | None = None
+    #: Batch jobs at a time, waiting or running.
+    max_queued: Annotated[int, msgspec.Meta(ge=0)] = 1
+    #: Never fewer nodes than this, even where there is less to do.
+    min_nodes: Annotated[int, msgspec.Meta(ge=1)] = 1
+    #: Never more; tasks that are wider are not submitted for.
+    max_nodes: Annotated[int, msgspec.Meta(ge=1)] = 1
+    #: Never a shorter walltime than this.
+    min_minutes: Annotated[int, msgspec.Meta(ge=1)] = 10
+    #: Never a longer one; tasks that take longer are not submitted for.
+    max_minutes: Annotated[int, msgspec.Meta(ge=1)] = 60
+    #: A file of `templates/`; that of `[scheduler]` when left out.
+    template: str | None = None
+    #: More words for the submit command; they override the template's directives.
+    flags: list[str] = msgspec.field(default_factory=list)
+    #: So many tasks share a node at least (serial mode).
+    slots_per_node: Annotated[int, msgspec.Meta(ge=1)] = 1
+    #: GPUs of each of its nodes; tasks that want more are not submitted for. None is unknown.
+    node_gpus: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    #: Memory of each of its nodes, likewise.
+    node_memory_mb: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 Workdirs = Literal["sharded", "flat"]
 
 
@@ -110,6 +182,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     store: StoreSettings = msgspec.field(default_factory=StoreSettings)
     launcher: LauncherSettings = msgspec.field(default_factory=LauncherSettings)
     mpi: MpiSettings = msgspec.field(default_factory=MpiSettings)
+    scheduler: SchedulerSettings = msgspec.field(default_factory=SchedulerSettings)
+    service: ServiceSettings = msgspec.field(default_factory=ServiceSettings)
+    #: The queue policies by name, in the order in which they are served.
+    queue: dict[str, QueueSettings] = msgspec.field(default_factory=dict)
 
 
 def find_site(start: Path, *, named: str | None = None, environ: Mapping[str, str]) -> Path:
@@ -160,16 +236,46 @@ def parse(raw: Mapping[str, Any], *, source: str) -> Settings:
     Raises:
         ConfigError: As for `load`.
     """
+    policies = raw.get("queue", {})
+    if not isinstance(policies, Mapping) or not all(
+        isinstance(policy, Mapping) for policy in policies.values()
+    ):
+        raise ConfigError(
+            f"{source}: queue policies are tables: write [queue.NAME] above their keys"
+        )
+    for name, policy in policies.items():
+        _check_policy(name, policy, source)  # one by one: msgspec does not tell which it means
     try:
         return msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_explain(str(error))}") from error
 
 
+def _check_policy(name: str, raw: Mapping[str, Any], source: str) -> None:
+    where = f"{source}: [queue.{name}]"
+    if not re.fullmatch(r"[\w.+-]{1,64}", name):
+        raise ConfigError(
+            f"{where}: the name of a queue policy is made of letters, digits and . + - _"
+        )
+    try:
+        policy = msgspec.convert(raw, QueueSettings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where} {_explain(str(error), kind=QueueSettings)}") from error
+    for low, high in (("min_nodes", "max_nodes"), ("min_minutes", "max_minutes")):
+        least, most = getattr(policy, low), getattr(policy, high)
+        if least > most:
+            hint = "" if low in raw else f" ({low} is {least} unless you set it)"
+            raise ConfigError(f"{where} {low} = {least} is more than {high} = {most}{hint}")
+    if policy.slots_per_node > 1 and policy.job_mode != "serial":
+        raise ConfigError(f'{where} slots_per_node is for job_mode = "serial"')
+
+
 _SECTIONS: Mapping[str, type[msgspec.Struct]] = {
     "store": StoreSettings,
     "launcher": LauncherSettings,
     "mpi": MpiSettings,
+    "scheduler": SchedulerSettings,
+    "service": ServiceSettings,
 }
 
 
@@ -203,18 +309,31 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _explain(message: str) -> str:
-    """Turn msgspec's message into one that names the key and, for a typo, the likely one."""
+#: The words that a setting may be, by its name.
+_WORDS: Mapping[str, Any] = {
+    "workdirs": Workdirs,
+    "launcher": MpiFlavor,
+    "kind": SchedulerName,
+    "job_mode": Literal["mpi", "serial"],
+}
+
+
+def _explain(message: str, *, kind: type[msgspec.Struct] | None = None) -> str:
+    """Turn msgspec's message into one that names the key and, for a typo, the likely one.
+
+    Args:
+        message: Its message.
+        kind: What was converted; all settings when None.
+    """
     unknown = re.search(r"unknown field `(.*?)`(?: - at `\$\.?([\w.]*)`)?$", message)
     if unknown is None:
         if message.startswith("Invalid enum value"):
-            words = get_args(
-                Workdirs if "$.workdirs" in message else MpiFlavor
-            )  # the two there are
+            place = re.search(r"([a-z_]+)`$", message)
+            words = get_args(_WORDS.get(place[1] if place else "", MpiFlavor))
             message += f"; known: {', '.join(words)}"
         return message.replace("$.", "")
     key, section = unknown[1], unknown[2] or ""
-    known = _SECTIONS.get(section, Settings)
+    known = kind or _SECTIONS.get(section, Settings)
     close = difflib.get_close_matches(key, known.__struct_fields__, n=1)
     hint = (
         f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known.__struct_fields__)}"

@@ -5,6 +5,8 @@ A message is one line: the thing, what was expected, and the next step.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 
 class EnsembleError(Exception):
     """Something that Ensemble refuses or cannot do, in one line for the user."""
@@ -69,3 +71,40 @@ class LaunchError(EnsembleError):
 
 class WireError(EnsembleError):
     """A pilot or a launcher said what the other end cannot understand."""
+
+
+class TakenError(EnsembleError):
+    """Another process holds what only one may hold."""
+
+    def __init__(self, message: str, *, host: str | None, pid: int | None) -> None:
+        """Keep who it is."""
+        super().__init__(message)
+        self.host = host
+        self.pid = pid
+
+
+class Trouble(StrEnum):
+    """What is to be done after a scheduler's command failed."""
+
+    #: It did not take effect; the same again later may work.
+    RETRY = "retry"
+    #: Nobody knows whether it took effect: look, then decide.
+    UNSURE = "unsure"
+    #: No more is admitted for now: wait until some jobs have ended.
+    CAPACITY = "capacity"
+    #: It will never work this way: a human has to change something.
+    PERMANENT = "permanent"
+
+
+class SchedulerError(EnsembleError):
+    """A batch scheduler refused, failed or did not answer."""
+
+    def __init__(self, message: str, *, trouble: Trouble, output: str = "") -> None:
+        """Keep what is to be done about it, and everything that was printed."""
+        super().__init__(message)
+        self.trouble = trouble
+        self.output = output
+
+
+class TemplateError(UsageError):
+    """A job template is missing, malformed, or uses a variable that there is not."""

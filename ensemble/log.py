@@ -65,6 +65,7 @@ def _apply(wish: _Wish) -> None:
                 fmt="iso" if wish.as_json else "%H:%M:%S", utc=wish.as_json
             ),
             structlog.processors.format_exc_info,
+            *(() if wish.as_json else (_clean,)),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -72,6 +73,16 @@ def _apply(wish: _Wish) -> None:
         ),
         logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Steady(out))),
     )
+
+
+def _clean(_logger: Any, _name: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Write out what would act on a terminal: much of what is logged, others have written."""
+    return {
+        key: "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+        if isinstance(value, str) and key != "exception" and not value.isprintable()
+        else value
+        for key, value in event.items()
+    }
 
 
 class _Steady:

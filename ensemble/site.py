@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from ensemble import config
 from ensemble.config import SITE_FILE, Settings, StoreSettings
 from ensemble.core.database import Address
 from ensemble.core.migrations import migrate
+from ensemble.drivers import template
+from ensemble.drivers.batch import find_scheduler_names
 from ensemble.drivers.pg import owner as pgowner
 from ensemble.drivers.pg.files import Role
 from ensemble.drivers.postgres import Cluster
@@ -78,6 +81,12 @@ def _external(store: StoreSettings) -> Address:
     )
 
 
+def program(site: str, *words: str) -> list[str]:
+    """Return the command line of another run of this very program."""
+    # -P: a file of the current directory must not stand in for a module.
+    return [sys.executable, "-P", "-m", "ensemble", "--site", site, *words]
+
+
 async def create(
     path: Path,
     *,
@@ -85,11 +94,15 @@ async def create(
     listen: tuple[str, ...] = (),
     bin_dir: str | None = None,
     allow_network_fs: bool = False,
+    scheduler: str | None = None,
 ) -> bool:
     """Make a site in *path*, with a database of its own or in the external one at *dsn*.
 
     May be repeated: a site that is there is left as it is, and one that was interrupted is
     finished. Of several at the same moment one makes it and the others find it made.
+
+    Args:
+        scheduler: The batch scheduler it is for; None is the one whose commands are on PATH, else `local`.
 
     Returns:
         Whether it was made now.
@@ -113,7 +126,10 @@ async def create(
             dsn=dsn, listen=list(listen), bin_dir=bin_dir, allow_network_fs=allow_network_fs
         )
         await _prepare_database(path, settings)
-        _write_settings(path, settings)
+        found = [scheduler] if scheduler else find_scheduler_names(os.environ) or ["local"]
+        chosen = template.choose(os.environ, found, os.uname().nodename)
+        template.install(chosen, path)
+        _write_settings(path, settings, found[0], chosen)
         return True
 
 
@@ -143,7 +159,7 @@ def _check_dsn(dsn: str) -> None:
         )
 
 
-def _write_settings(path: Path, store: StoreSettings) -> None:
+def _write_settings(path: Path, store: StoreSettings, scheduler: str, chosen: str) -> None:
     lines = [
         "# Settings of this site; every key, its default and its unit: docs/config.md.",
         f"name = {_quote(path.name)}",
@@ -157,6 +173,19 @@ def _write_settings(path: Path, store: StoreSettings) -> None:
         lines.append("allow_network_fs = true")
     if store.listen:
         lines.append(f"listen = [{', '.join(map(_quote, store.listen))}]")
+    lines += [
+        "",
+        "[scheduler]",
+        f"kind = {_quote(scheduler)}",
+        f"# templates/job.sh was copied from Ensemble's own {chosen}: look through it before the first job.",
+        "",
+        "# What `ensemble serve` may submit: a table for each queue (docs/submitting-jobs.md, docs/sites.md).",
+        "# [queue.debug]",
+        "# project = 'MyProject'",
+        "# max_queued = 1",
+        "# max_nodes = 2",
+        "# max_minutes = 60",
+    ]
     temporary = path / f".{SITE_FILE}.{os.getpid()}"
     temporary.write_text("\n".join(lines) + "\n", "utf-8")
     temporary.rename(path / SITE_FILE)

@@ -22,7 +22,10 @@ from ensemble.drivers import proctree
 from ensemble.site import OWNER, Site, create
 
 POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
-TABLES = "task, task_spec, task_parent, attempt, event, lease, launcher, batch_job, submission, app, workflow"
+TABLES = (
+    "task, task_spec, task_parent, attempt, event, lease, launcher, batch_job, submission, app, workflow,"
+    " queue_state, decision"
+)
 
 # A loaded machine is no reason to fail.
 settings.register_profile("ensemble", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -95,6 +98,8 @@ async def address(site: Site) -> Address:
     owner = await connect(site.address(OWNER), name="test set-up")
     try:
         await owner.execute(f"TRUNCATE {TABLES} RESTART IDENTITY CASCADE")
+        # One row, which a migration made.
+        await owner.execute("DELETE FROM service; INSERT INTO service DEFAULT VALUES")
     finally:
         owner.terminate()
     return site.address()

@@ -231,6 +231,14 @@ async def wrapped() -> AsyncIterator[None]:
         raise better from error
 
 
+def storable(value: T) -> T:
+    """Return a value that PostgreSQL's text can hold: what a program or a scheduler printed may be anything."""
+    if isinstance(value, str):
+        clean = value.encode("utf-8", "replace").decode()
+        return type(value)(clean.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+    return value
+
+
 async def again_on_deadlock(call: Callable[[], Awaitable[T]], *, tries: int = 5) -> T:
     """Repeat *call* when the server ended it to break a deadlock: it was certainly not applied."""
     for left in reversed(range(tries)):

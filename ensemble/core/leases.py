@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from ensemble.core.database import again_on_deadlock, queries, wrapped
+from ensemble.core.database import again_on_deadlock, queries, storable, wrapped
 from ensemble.core.model import (
     Claim,
     End,
@@ -45,11 +45,13 @@ async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -
     """Register a launcher and give it a lease.
 
     Raises:
-        AllocationError: A live launcher of the same batch job holds some of its nodes.
+        AllocationError: A live launcher of the same batch job holds some of its nodes; or the batch
+            job that started it was given up, or is another submission's.
     """
     async with wrapped(), pool.acquire() as connection:
         row = await connection.fetchrow(
-            "SELECT * FROM register_launcher($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            "SELECT *, (SELECT token FROM service) AS site_token FROM register_launcher("
+            "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             msgspec.to_builtins(new.identity),
             new.version,
             new.job_mode,
@@ -63,18 +65,25 @@ async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -
             new.node_cores,
             new.node_gpus,
             timedelta(seconds=new.linger_s),
+            new.batch_job_id,
         )
     assert row is not None
-    return Lease(pool, row["lease_id"], row["launcher_id"])
+    who = new.identity
+    mark = f"{row['site_token']} {who.boot_id} {who.pid} {who.start_ticks}"
+    return Lease(pool, row["lease_id"], row["launcher_id"], mark)
 
 
 class Lease:
     """A launcher's right to the tasks it took. Closed once; then every write is refused."""
 
-    def __init__(self, pool: asyncpg.Pool[Any], lease_id: int, launcher_id: int) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool[Any], lease_id: int, launcher_id: int, mark: str = ""
+    ) -> None:
         self._pool = pool
         self.id = lease_id
         self.launcher_id = launcher_id
+        #: Tells it from a lease with the same number in another database, or in a restored one.
+        self.mark = mark
 
     async def renew(self) -> None:
         """Say that the launcher lives.
@@ -155,9 +164,9 @@ class Lease:
             [",".join(end.nodes) for end in ends],
             [end.exit_code for end in ends],
             [end.cause for end in ends],
-            [_storable(end.reason) for end in ends],
-            [_storable(end.error) for end in ends],
-            [_storable(end.output) for end in ends],
+            [storable(end.reason) for end in ends],
+            [storable(end.error) for end in ends],
+            [storable(end.output) for end in ends],
         )
 
     async def held(self) -> dict[tuple[int, int], State]:
@@ -275,13 +284,6 @@ def _terms(share: Fraction) -> tuple[int, int]:
     return int(share * _FINEST), _FINEST
 
 
-def _storable(text: str | None) -> str | None:
-    """Replace what PostgreSQL's text cannot hold: a program's output may be anything."""
-    if text is None:
-        return None
-    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
 def _claim(row: asyncpg.Record) -> Claim:
     fields = dict(row)  # thousands a second: filled in place
     fields["argv"] = tuple(fields["argv"])
@@ -311,15 +313,28 @@ class Reaping:
             for row in rows
         }
 
-    async def bury(self, lease_id: int, *, state: str, evidence: str) -> bool:
+    async def find_launcher(self, lease_id: int) -> tuple[str, int | None]:
+        """Return a lease's mark, and whose it is; None when there is none."""
+        async with wrapped():
+            row = await self._pool.fetchrow(queries()["select_lease_owner"], lease_id)
+        assert row is not None
+        return row["mark"], row["launcher_id"]
+
+    async def bury(
+        self, lease_id: int, *, state: str, evidence: str, has_no_pilots: bool = False
+    ) -> bool:
         """Close the lease of a launcher that is certainly gone; tell whether that was done.
 
         It is not where somebody has done it, nor where pilots of that launcher may live on other hosts:
         then the lease ends by itself as soon as they must have ended.
+
+        Args:
+            has_no_pilots: Whether these are known to have ended, too.
         """
+        function = "close_lease" if has_no_pilots else "bury_launcher"
         async with wrapped():
             closed: bool = await self._pool.fetchval(
-                "SELECT bury_launcher($1, $2, $3)", lease_id, state, evidence
+                f"SELECT {function}($1, $2, $3)", lease_id, state, evidence
             )
         return closed
 

@@ -54,14 +54,24 @@ async def migrate(address: Address) -> list[str]:
     connection = await connect(address, name="ensemble migrate")
     try:
         async with wrapped():
-            while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK):
-                await asyncio.sleep(0.2)
-            return await _apply(connection)
+            await lock(connection)
+            return await apply(connection)
     finally:
         connection.terminate()
 
 
-async def _apply(connection: asyncpg.Connection[Any]) -> list[str]:
+async def lock(connection: asyncpg.Connection[Any]) -> None:
+    """Wait until nobody else changes the schema, and keep others from it while this session lasts."""
+    while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK):
+        await asyncio.sleep(0.2)
+
+
+async def apply(connection: asyncpg.Connection[Any], *, up_to: int | None = None) -> list[str]:
+    """Apply what is missing over *connection*, whose session holds the lock; return its names.
+
+    Args:
+        up_to: The schema version to stop at, without functions and triggers; None is this program's schema.
+    """
     await connection.execute("SET lock_timeout = '5s'; SET statement_timeout = 0")
     # Asked first: CREATE ... IF NOT EXISTS prints a notice for each one that is there.
     if not await connection.fetchval("SELECT to_regclass($1)::text", f"{SCHEMA}.schema_script"):
@@ -69,10 +79,12 @@ async def _apply(connection: asyncpg.Connection[Any]) -> list[str]:
     rows = await connection.fetch("SELECT version, sha256 FROM schema_version")
     applied = {row["version"]: row["sha256"] for row in rows}
     check_version(max(applied, default=None), may_be_older=True)
-    done = []
+    done: list[str] = []
     for version, name in files().items():
         text = read_sql(f"migrations/{name}")
         digest = hashlib.sha256(text.encode()).hexdigest()
+        if up_to is not None and version > up_to:
+            return done
         if version in applied:
             if applied[version] != digest:
                 raise SchemaError(f"migration {name} was applied to this database in another form")
@@ -86,7 +98,7 @@ async def _apply(connection: asyncpg.Connection[Any]) -> list[str]:
                 digest,
             )
         done.append(name)
-    return done + await _apply_functions(connection)
+    return done if up_to is not None else done + await _apply_functions(connection)
 
 
 def functions_digest() -> str:

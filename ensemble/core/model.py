@@ -441,6 +441,8 @@ class NewLauncher:
     node_gpus: int | None = None
     #: How long processes of it may live on other hosts after it has gone.
     linger_s: float = 0.0
+    #: The batch job of ours whose script started it; it is registered only if it may take that one.
+    batch_job_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,26 @@ def failed_to_start(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
     return any(re.search(pattern, words) for pattern in _NOT_STARTED.get(flavor, ()))
 
 
+def was_turned_away(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
+    """Tell whether Slurm would not make the step now, so that no rank ran and the same again may work.
+
+    Seen while slurmctld (22.05) is away, and for seconds after it has been started again.
+    """
+    refusals = flavor in _STARTED_BY_SRUN and re.search(_TURNED_AWAY, output_tail)
+    return exit_code != 0 and bool(refusals)
+
+
+def may_hang(flavor: Flavor) -> bool:
+    """Tell whether the launcher waits for ever when what starts its ranks on other nodes has failed.
+
+    Hydra does (MPICH 5.0.2), within Slurm, when its srun was turned away: it has no child then.
+    """
+    return flavor in (Flavor.MPICH, Flavor.INTEL)
+
+
+_STARTED_BY_SRUN = (Flavor.SRUN, Flavor.MPICH, Flavor.INTEL)
+_TURNED_AWAY = r"srun: error: Unable to (create step|confirm allocation) for job"
+
 _HYDRA_NOT_STARTED = (
     r"execvp error on file",
     r"Launch proxy failed",

@@ -20,6 +20,8 @@ from ensemble.drivers.hardware import GPU_VARIABLES, node_name as node_name, par
 from ensemble.errors import AllocationError
 
 _JOB_ID = {"slurm": "SLURM_JOB_ID", "cobalt": "COBALT_JOBID", "pbs": "PBS_JOBID"}
+#: A batch job of the local scheduler, localbatch.py: its id, and into how many nodes it divides this machine.
+_LOCAL_ID, _LOCAL_NODES = "ENSEMBLE_LOCAL_JOB_ID", "ENSEMBLE_LOCAL_JOB_NODES"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +58,13 @@ async def find_allocation(
     if virtual_nodes is not None and virtual_nodes < 1:
         raise AllocationError(f"cannot run on {virtual_nodes} nodes: give --nodes 1 or more")
     scheduler = find_scheduler(environ)
+    if scheduler == "local" and environ.get(_LOCAL_ID):
+        return await _local_job(environ, virtual_nodes, now)
     if scheduler == "local":
         return _local_allocation(environ, virtual_nodes or 1)
     job_id = find_job_id(scheduler, environ)
     hosts = await _find_hosts(scheduler, environ, job_id)
-    if virtual_nodes is not None and virtual_nodes > len(hosts):
-        raise AllocationError(
-            f"--nodes {virtual_nodes}, but {scheduler} job {job_id} has {len(hosts)}: "
-            "give fewer, or leave the option out to use them all"
-        )
+    _check_number(virtual_nodes, len(hosts), f"{scheduler} job {job_id}")
     here = node_name(environ)
     return Allocation(
         scheduler=scheduler,
@@ -76,12 +76,42 @@ async def find_allocation(
     )
 
 
+async def _local_job(
+    environ: Mapping[str, str], virtual_nodes: int | None, now: float
+) -> Allocation:
+    """Return the virtual nodes of a job of the local scheduler; fewer, where that is asked for, are as large."""
+    job_id = environ[_LOCAL_ID]
+    text = environ.get(_LOCAL_NODES, "")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise AllocationError(
+            f"${_LOCAL_NODES} is {text!r} in local job {job_id}: expected a number of nodes "
+            f"(unset {_LOCAL_ID} if this is no such job)"
+        )
+    _check_number(virtual_nodes, int(text), f"local job {job_id}")
+    whole = _local_allocation(environ, int(text))
+    return replace(
+        whole,
+        job_id=job_id,
+        nodes=whole.nodes[:virtual_nodes],
+        ends_at=await walltime.find_end("local", environ, job_id, now),
+    )
+
+
+def _check_number(asked: int | None, number: int, job: str) -> None:
+    if asked is not None and asked > number:
+        raise AllocationError(
+            f"--nodes {asked}, but {job} has {number}: "
+            "give fewer, or leave the option out to use them all"
+        )
+
+
 # The environment
 
 
 def find_scheduler(environ: Mapping[str, str]) -> str:
-    """Name the scheduler whose job this process is part of; `local` when there is none.
+    """Name the scheduler whose job this process is part of; `local` when there is none, or it is a local job.
 
+    A local job does not have the variables of a job that it was submitted from, so others are inside it.
     The innermost comes first: a Flux instance is often started inside a Slurm job. FLUX_URI alone is
     no sign of a job, and neither is JOB_ID, which many programs use.
     """

@@ -1,7 +1,7 @@
 """What runs on each node in serial mode: takes tasks from the launcher and runs them, isolated.
 
     python -m ensemble.drivers.pilot LINK LAUNCH EXPECTED
-    python -m ensemble.drivers.pilot --gone LINK LAUNCH RANK
+    python -m ensemble.drivers.pilot --gone LINK MARKER LAUNCH RANK
 
 A pilot is the child of a guard, which is the rank that mpirun started. It never initialises MPI itself
 (drivers/rendezvous.py does, in a process of its own, and is gone before the first task). It decides
@@ -52,7 +52,7 @@ from ensemble.core.wire import (
     Welcome,
     Work,
 )
-from ensemble.drivers import hardware, linkfile, process, spawn
+from ensemble.drivers import hardware, linkfile, process, roll, spawn
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.drivers.linkfile import LinkFile
 from ensemble.drivers.output import Tail, last_lines, tail
@@ -128,8 +128,10 @@ class Pilot(asyncio.Protocol):
     # ------------------------------------------------------------------ the stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say hello."""
+        """Say hello: from now on the launcher counts on us, and on hearing that nothing of us is left."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by name
+        if self._guard is not None:
+            self._guard.lease(self._hello.rank)
         self._send(self._hello)
 
     def data_received(self, data: bytes) -> None:
@@ -187,8 +189,6 @@ class Pilot(asyncio.Protocol):
         cores = welcome.cores if welcome.is_pinned else []
         book = SlotBook(cores, welcome.gpus, welcome.memory_mb)
         self._queue = NodeQueue(book)
-        if self._guard is not None:
-            self._guard.lease(self._hello.rank)
 
     def _beat(self, beat: Beat) -> None:
         """Let the guard know until when we may live, by the launcher's word, and say that we do.
@@ -503,8 +503,11 @@ async def _connect(link: LinkFile, pilot: Pilot) -> None:
         await asyncio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - jitter
 
 
-def _say_gone(link_path: Path, launch: int, rank: int) -> None:
-    """Tell the launcher that nothing is left of a pilot; the guard's last act."""
+def _say_gone(link_path: Path, marker_prefix: str, launch: int, rank: int) -> None:
+    """Tell the launcher that nothing is left of a pilot, and whoever finds it gone; the guard's last act."""
+    # First, as an address where nobody answers takes seconds.
+    with contextlib.suppress(OSError):  # without it the launcher's lease lingers
+        roll.leave_gone(link_path.parent, marker_prefix, launch, rank)
     link = linkfile.read(link_path)
     context = link.client_context()
     for address in link.addresses:
@@ -524,9 +527,9 @@ def pilot_argv(link_path: Path, launch: int, expected: int) -> list[str]:
     return [*_program(), str(link_path), str(launch), str(expected)]
 
 
-def gone_argv(link_path: Path, launch: int) -> list[str]:
+def gone_argv(link_path: Path, marker_prefix: str, launch: int) -> list[str]:
     """Return what a pilot's guard runs when nothing is left of it; `{lease}` stands for its rank."""
-    return [*_program(), "--gone", str(link_path), str(launch), "{lease}"]
+    return [*_program(), "--gone", str(link_path), marker_prefix, str(launch), "{lease}"]
 
 
 def _program() -> list[str]:
@@ -543,7 +546,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     status = 0
     try:
         if argv[0] == "--gone":
-            _say_gone(Path(argv[1]), int(argv[2]), int(argv[3]))
+            _say_gone(Path(argv[1]), argv[2], int(argv[3]), int(argv[4]))
             return status
         link_path, launch, expected = Path(argv[0]), int(argv[1]), int(argv[2])
         guard = GuardLink.from_environ(environ)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import select
 import signal
@@ -39,7 +40,7 @@ class Completed:
     stderr: str
 
 
-async def run(
+async def run(  # noqa: PLR0913
     argv: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
@@ -47,6 +48,8 @@ async def run(
     stdin: bytes | None = None,
     timeout_s: float = 60.0,
     pass_fds: Sequence[int] = (),
+    max_bytes: int | None = None,
+    own_session: bool = False,
 ) -> Completed:
     """Run a command to its end and return what it printed.
 
@@ -55,39 +58,87 @@ async def run(
         stdin: What it reads; /dev/null when None.
         timeout_s: Seconds after which it is killed.
         pass_fds: Descriptors that it inherits, besides those three.
+        max_bytes: How much it may print to each of its outputs before it is killed.
+        own_session: Whether it gets a session of its own; then what it has started is killed with it.
 
     Raises:
-        LaunchError: It could not be started, or did not end in time (it is dead by then).
+        LaunchError: It could not be started, did not end in time or printed too much (it is dead by then).
     """
+    input_fd = _file_of(stdin)
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
             env=env,
             cwd=cwd,
-            stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
+            stdin=input_fd,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=tuple(pass_fds),
+            start_new_session=own_session,
         )
     except OSError as error:
         raise LaunchError(f"cannot run {argv[0]}: {error.strerror or error}") from error
+    finally:
+        os.close(input_fd)
+    kill = functools.partial(_kill, process, is_leader=own_session)
+    assert process.stdout is not None
+    assert process.stderr is not None
     try:
-        async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate(stdin)
+        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
+            out = group.create_task(_read(process.stdout, max_bytes, kill))
+            err = group.create_task(_read(process.stderr, max_bytes, kill))
+            group.create_task(process.wait())
     except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):  # it has ended; what it left holds its output
-            process.kill()
+        kill()
         await process.wait()
         if isinstance(error, TimeoutError):
             raise LaunchError(
                 f"{argv[0]} did not end and close its output within {timeout_s:g} s"
             ) from error
         raise
+    if out.result() is None or err.result() is None:
+        raise LaunchError(f"{argv[0]} printed more than {max_bytes} bytes, and was killed")
     return Completed(
         code=process.returncode if process.returncode is not None else -1,
-        stdout=out.decode(errors="replace"),
-        stderr=err.decode(errors="replace"),
+        stdout=(out.result() or b"").decode(errors="replace"),
+        stderr=(err.result() or b"").decode(errors="replace"),
     )
+
+
+def _file_of(data: bytes | None) -> int:
+    """Return a descriptor to read from: no pipe, as who does not read one is no error of ours."""
+    if data is None:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    found = os.memfd_create("stdin")
+    with open(found, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(found, 0, os.SEEK_SET)
+    return found
+
+
+async def _read(
+    stream: asyncio.StreamReader, max_bytes: int | None, kill: Callable[[], None]
+) -> bytes | None:
+    """Return a whole output; None if it was too much, which *kill* has ended then."""
+    parts: list[bytes] = []
+    size = 0
+    while part := await stream.read(1 << 16):
+        size += len(part)
+        if max_bytes is None or size <= max_bytes:
+            parts.append(part)
+        else:
+            parts.clear()
+            kill()
+    return b"".join(parts) if max_bytes is None or size <= max_bytes else None
+
+
+def _kill(process: asyncio.subprocess.Process, *, is_leader: bool) -> None:
+    """Kill a command, and with it what it has started as long as it has not ended itself."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended; what it left holds its output
+        if is_leader and process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +297,40 @@ def has_strays() -> bool:
         return bool(tasktree.list_strays())
     except OSError:  # file descriptors ran out
         return True
+
+
+def start_daemon(argv: Sequence[str], log_path: Path) -> int:
+    """Start a program that outlives this one: a session of its own, no input, its output appended to a file.
+
+    Returns:
+        Its process id; `is_child_running` tells whether it has ended.
+
+    Raises:
+        LaunchError: It could not be started.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    try:
+        return os.posix_spawn(
+            argv[0],
+            list(argv),
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
+    except OSError as error:
+        raise LaunchError(f"cannot run {argv[0]}: {error.strerror or error}") from error
+
+
+def is_child_running(pid: int) -> bool:
+    """Tell whether a child that nothing else waits for still runs; reap it if not."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
 
 
 def become_subreaper() -> None:

@@ -13,13 +13,19 @@ from collections.abc import Callable, Mapping
 
 from ensemble.drivers import batch
 
+#: Where the environment tells the end, in epoch seconds.
+_END = {
+    "slurm": "SLURM_JOB_END_TIME",
+    "cobalt": "COBALT_ENDTIME",
+    "local": "ENSEMBLE_LOCAL_JOB_END",
+}
+
 
 async def find_end(
     scheduler: str, environ: Mapping[str, str], job_id: str, now: float
 ) -> float | None:
     """Return the end of this job in epoch seconds; None when it has none, or nobody can tell."""
-    known = {"slurm": "SLURM_JOB_END_TIME", "cobalt": "COBALT_ENDTIME"}.get(scheduler, "")
-    text = environ.get(known, "")
+    text = environ.get(_END.get(scheduler, ""), "")
     if re.fullmatch(r"[0-9]{9,10}(\.[0-9]*)?", text):
         return _finite(float(text))
     asked: tuple[list[str], Callable[[str], float | None]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,12 @@ import pytest
 
 import ensemble
 from ensemble.core import database, migrations
+from ensemble.core.batchjob import JobState, NewBatchJob
 from ensemble.core.database import parse_queries, queries, read_sql
+from ensemble.core.jobs import Jobs
+from ensemble.core.leases import Lease
 from ensemble.core.migrations import migrate
+from ensemble.core.model import JobMode
 from ensemble.core.states import MOVES
 from ensemble.core.store import Store
 from ensemble.errors import SchemaError
@@ -39,6 +44,61 @@ async def test_four_at_once_migrate_once(fresh, owner):
     store = await Store.open(replace(fresh))
     assert await store.check() == []
     await store.close()
+
+
+_OLD_LAUNCHER = """
+    INSERT INTO workflow (name) VALUES ('w');
+    INSERT INTO task (workflow_id, state) VALUES (1, 'PREPROCESSED'), (1, 'JOB_FINISHED');
+    INSERT INTO batch_job (scheduler, scheduler_id, state, num_nodes, wall_time_minutes, job_mode)
+    VALUES ('slurm', '7', 'RUNNING', 2, 60, 'mpi'), ('slurm', '8', 'FINISHED', 1, 60, 'serial');
+    INSERT INTO launcher (batch_job_id, host, boot_id, machine_id, pid_namespace, pid, start_ticks,
+                          version, job_mode, nodes, scheduler, scheduler_job_id)
+    VALUES (1, 'h', 'b', 'm', 'p', 1, 1, '0', 'mpi', '{n1}', 'slurm', '7');
+    INSERT INTO lease (launcher_id, ttl, expires_at) VALUES (1, '1 hour', now() + interval '1 hour');
+    CREATE FUNCTION register_launcher(
+      jsonb, text, text, text, text[], text, text, int, interval, interval, int, int, interval)
+    RETURNS TABLE (launcher_id bigint, lease_id bigint) LANGUAGE sql AS 'SELECT 1::bigint, 1::bigint';
+"""
+
+
+async def test_a_database_of_the_first_release_is_brought_up_with_what_is_in_it(fresh, owner):
+    first = migrations.files()[1]
+    text = read_sql(f"migrations/{first}")
+    await owner.execute(migrations._LEDGER)
+    await owner.execute(text)
+    await owner.execute(
+        "INSERT INTO schema_version (version, name, sha256) VALUES (1, $1, $2)",
+        first,
+        hashlib.sha256(text.encode()).hexdigest(),
+    )
+    await owner.execute(_OLD_LAUNCHER)
+    assert await migrate(fresh) == ["0002_batch_jobs.sql", "functions.sql"]
+    assert (
+        await owner.fetchval("SELECT count(*) FROM pg_proc WHERE proname = 'register_launcher'")
+        == 1
+    )
+    store = await Store.open(fresh)
+    try:
+        old, running = await Jobs(store.pool).recent(10)
+        assert (old.name, old.state, old.launcher_id) == ("", JobState.FINISHED, None)
+        assert (running.scheduler_id, running.policy, running.missing) == ("7", None, 0)
+        assert (running.launcher_id, running.has_live_launcher) == (1, True)
+        await Lease(store.pool, 1, 1).renew()
+        assert await owner.fetchval("SELECT count(*) FROM service") == 1
+        [left] = await Jobs(store.pool).backlog(None)
+        assert (left.workflow, left.tasks) == ("w", 1)
+        new = NewBatchJob(scheduler="slurm", num_nodes=1, wall_time_minutes=1, job_mode=JobMode.MPI)
+        opened = await Jobs(store.pool).open(new, site="s")
+        assert (opened.id, opened.state) == (3, JobState.NEW)
+    finally:
+        await store.close()
+
+
+async def test_there_is_one_service_and_no_second_row(owner):
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await owner.execute("INSERT INTO service DEFAULT VALUES")
+    with pytest.raises(asyncpg.CheckViolationError):
+        await owner.execute("INSERT INTO service (is_only) VALUES (false)")
 
 
 async def test_a_store_without_a_schema_says_what_to_type(fresh):

@@ -164,6 +164,95 @@ async def test_hot_statements_use_their_indexes(crowd):
                 assert kinds <= {"Index Scan", "Index Only Scan"}, f"{name}, {mode}: {scans}"
 
 
+@pytest.fixture
+async def past(crowd):
+    """Beside the crowd, 100,000 batch jobs that have ended, with their launchers, and three that have not."""
+    async with crowd.transaction():
+        await crowd.execute(
+            "INSERT INTO batch_job (scheduler, scheduler_id, state, num_nodes, wall_time_minutes, job_mode)"
+            " SELECT 'slurm', n::text, CASE WHEN n % 40000 = 0 THEN 'QUEUED' ELSE 'FINISHED' END, 1, 1,"
+            " 'mpi' FROM generate_series(1, 120000) n"
+        )
+        await crowd.execute(
+            "INSERT INTO launcher (batch_job_id, host, boot_id, machine_id, pid_namespace, pid,"
+            " start_ticks, version, job_mode, nodes, scheduler)"
+            " SELECT id, 'h', 'b', 'm', 'p', 1, 1, '0', 'mpi', '{n}', 'slurm' FROM batch_job"
+        )
+        await crowd.execute(
+            "INSERT INTO lease (launcher_id, state, ttl, expires_at, closed_at, swept)"
+            " SELECT id, 'RELEASED', '1 hour', now(), now(), true FROM launcher"
+        )
+        await crowd.execute(
+            "INSERT INTO attempt (task_id, attempt, lease_id, started_at, ended_at, outcome)"
+            " SELECT id, 1, 1, now(), now(), 'done' FROM task WHERE state = 'JOB_FINISHED'"
+        )
+    await crowd.execute("ANALYZE batch_job, launcher, lease, attempt")
+    yield crowd
+    await crowd.execute("TRUNCATE attempt, lease, launcher, batch_job CASCADE")
+
+
+JOBS = "batch_job", "launcher", "lease"
+
+
+@pytest.mark.parametrize("mode", ["force_generic_plan", "force_custom_plan"])
+@pytest.mark.parametrize(
+    ("name", "types", "values", "indexes", "tables"),
+    [
+        (
+            "select_batch_jobs",
+            ["bigint[]", "bool", "int"],
+            ["NULL", "true", "0"],
+            {"batch_job_active_idx", "batch_job_pkey", "launcher_batch_job_idx"},
+            JOBS,
+        ),
+        (
+            "select_batch_jobs",
+            ["bigint[]", "bool", "int"],
+            ["'{7}'", "false", "0"],
+            {"batch_job_pkey", "launcher_batch_job_idx"},
+            JOBS,
+        ),
+        (
+            "select_capacity",
+            ["float8", "text[]", "float8[]"],
+            ["10", "'{}'", "'{}'"],
+            {"lease_active_idx", "task_held_idx"},
+            ("lease", "task"),
+        ),
+        (
+            "select_soon",
+            ["int[]", "int", "int"],
+            ["NULL", "100", "100"],
+            {"task_held_idx", "task_pkey"},
+            ("task",),
+        ),
+        ("typical_minutes", ["int"], ["1000"], {"attempt_pkey"}, ("attempt",)),
+    ],
+)
+async def test_what_the_service_asks_does_not_grow_with_history(
+    past, name, types, values, indexes, tables, mode
+):
+    nodes = await explain(past, queries()[name], types, values, mode)
+    used = {node.get("Index Name") for node in nodes}
+    assert indexes <= used, used
+    scanned = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+    assert not scanned & set(tables), scanned
+
+
+@pytest.mark.parametrize("mode", ["force_generic_plan", "force_custom_plan"])
+@pytest.mark.parametrize(
+    ("workflows", "index"),
+    [("NULL", "task_runnable_idx"), ("'{2,3}'", "task_runnable_workflow_idx")],
+)
+async def test_the_backlog_is_read_from_an_index_in_claim_order(past, mode, workflows, index):
+    nodes = await explain(
+        past, queries()["select_backlog"], ["int[]", "int"], [workflows, "100"], mode
+    )
+    scans = [node for node in nodes if node.get("Relation Name") == "task"]
+    assert {node["Node Type"] for node in scans} == {"Index Scan"}, scans
+    assert index in {node["Index Name"] for node in scans}
+
+
 async def blocks(connection, call):
     for _ in range(2):  # the first reads the catalogue, too
         text = await connection.fetchval(

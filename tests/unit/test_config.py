@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.config import Settings, find_site, load
+from ensemble.config import QueueSettings, Settings, find_site, load
 from ensemble.errors import ConfigError, NotFoundError
 
 
@@ -113,3 +113,87 @@ def test_no_site_says_how_to_make_or_name_one(tmp_path):
         find_site(tmp_path, named=str(tmp_path), environ={})
     with pytest.raises(NotFoundError, match="--site"):
         find_site(tmp_path, environ={})
+
+
+# ---------------------------------------------------------------------------- schedulers, the service, queues
+
+
+def test_queue_policies_keep_their_order_and_have_defaults(tmp_path):
+    text = '[queue.screen]\nqueue = "prod"\nflags = ["-l", "x=1"]\n[queue.debug]\n["queue".a.b]\n'
+    with pytest.raises(ConfigError):
+        load(write(tmp_path, text), environ={})
+    found = load(
+        write(tmp_path, text.replace('["queue".a.b]', '[queue."a.b+c-1"]')), environ={}
+    ).queue
+    assert list(found) == ["screen", "debug", "a.b+c-1"]
+    assert (found["screen"].queue, found["screen"].flags) == ("prod", ["-l", "x=1"])
+    assert found["debug"] == QueueSettings()
+
+
+def test_sections_of_the_service_and_the_scheduler_have_variables_too(tmp_path):
+    environ = {
+        "ENSEMBLE_SCHEDULER_KIND": "local",
+        "ENSEMBLE_SERVICE_PERIOD_S": "5",
+        "ENSEMBLE_SCHEDULER_MAX_RUNNING": "3",
+    }
+    found = load(write(tmp_path, '[scheduler]\nkind = "pbs"\n'), environ=environ)
+    assert (found.scheduler.kind, found.scheduler.max_running, found.service.period_s) == (
+        "local",
+        3,
+        5.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[scheduler]\nkind = "slrum"', "known: auto, slurm, pbs"),
+        (
+            "[scheduler]\ntimeout = 3",
+            "unknown setting [scheduler] timeout; did you mean timeout_s?",
+        ),
+        ("[scheduler]\ntimeout_s = 0", "`scheduler.timeout_s`"),
+        ("[scheduler]\nmax_running = 0", "`scheduler.max_running`"),
+        ("[service]\nperiod_s = 0", "`service.period_s`"),
+        ("[service]\nperiod_s = nan", "`service.period_s`"),
+        ("[service]\nretry_s = -1", "`service.retry_s`"),
+        ("[service]\nlost_looks = 0", "`service.lost_looks`"),
+        ("[service]\nlost_looks = 1.5", "`service.lost_looks`"),
+        (
+            "[service]\nlost_lookz = 1",
+            "unknown setting [service] lost_lookz; did you mean lost_looks?",
+        ),
+        (
+            "[queue.debug]\nmax_quued = 1",
+            "[queue.debug] unknown setting max_quued; did you mean max_queued?",
+        ),
+        ("[queue.debug]\nmax_queued = -1", "[queue.debug]"),
+        ("[queue.debug]\nmax_nodes = 0", "max_nodes"),
+        ("[queue.debug]\nmin_nodes = 5", "min_nodes = 5 is more than max_nodes = 1"),
+        (
+            "[queue.debug]\nmax_minutes = 5",
+            "min_minutes = 10 is more than max_minutes = 5 (min_minutes is 10 unless",
+        ),
+        (
+            "[queue.debug]\nmin_minutes = 9\nmax_minutes = 5",
+            "min_minutes = 9 is more than max_minutes = 5",
+        ),
+        ('[queue.debug]\njob_mode = "seriell"', "known: mpi, serial"),
+        ("[queue.debug]\nslots_per_node = 2", 'slots_per_node is for job_mode = "serial"'),
+        ('[queue.debug]\nflags = "-x"', "[queue.debug]"),
+        ("[queue.debug]\nflags = [1]", "[queue.debug]"),
+        ("[queue]\nmax_nodes = 3", "write [queue.NAME] above their keys"),
+        ("queue = 3", "write [queue.NAME] above their keys"),
+        ("[[queue.debug]]\nmax_nodes = 3", "write [queue.NAME] above their keys"),
+        ("[[queue]]\nmax_nodes = 3", "write [queue.NAME] above their keys"),
+        ('[queue."a b"]\n', "is made of letters, digits"),
+        ('[queue.""]\n', "is made of letters, digits"),
+        ('[queue."\\u001b[31m"]\n', "is made of letters, digits"),
+        (f"[queue.{'x' * 65}]\n", "is made of letters, digits"),
+    ],
+)
+def test_a_refusal_names_the_queue_and_the_key(tmp_path, text, words):
+    message = refusal(tmp_path, text)
+    assert str(tmp_path / "ensemble.toml") in message
+    assert words in message
+    assert "\n" not in message

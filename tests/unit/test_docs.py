@@ -28,6 +28,9 @@ SECTIONS = (
     ("store", config.StoreSettings),
     ("launcher", config.LauncherSettings),
     ("mpi", config.MpiSettings),
+    ("scheduler", config.SchedulerSettings),
+    ("service", config.ServiceSettings),
+    ("queue.NAME", config.QueueSettings),
 )
 
 
@@ -99,6 +102,8 @@ def settings_lines() -> Iterator[str]:
         yield "|---|---|---|---|"
         for field in msgspec.structs.fields(kind):
             place = (kind.__name__, field.name)
+            if typing.get_origin(field.type) is dict:  # tables of tables: a section of its own
+                continue
             if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
                 continue
             factory = field.default_factory

@@ -66,6 +66,59 @@ async def test_refuses_no_nodes(number):
         await find({}, virtual_nodes=number)
 
 
+# A job of the local scheduler
+
+LOCAL = {
+    "ENSEMBLE_LOCAL_JOB_ID": "7",
+    "ENSEMBLE_LOCAL_JOB_NODES": "3",
+    "ENSEMBLE_LOCAL_JOB_END": "1795353519",
+    "SLURMD_NODENAME": "here",
+}
+
+
+async def test_a_local_job():
+    allocation = await find(LOCAL)
+    assert (allocation.scheduler, allocation.job_id) == ("local", "7")
+    assert names(allocation) == ["here:0", "here:1", "here:2"]
+    assert all(node.is_virtual for node in allocation.nodes)
+    assert allocation.ends_at == 1795353519
+    assert allocation.head_is_compute
+
+
+async def test_some_nodes_of_a_local_job_are_as_large_as_among_all(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    allocation = await find(LOCAL, virtual_nodes=2)
+    assert [(node.name, node.cores) for node in allocation.nodes] == [("here:0", 3), ("here:1", 3)]
+    with pytest.raises(AllocationError, match=r"--nodes 4, but local job 7 has 3"):
+        await find(LOCAL, virtual_nodes=4)
+
+
+@pytest.mark.parametrize("end", [None, "", "soon", "-1", "1e9", "99999999999", "1795353519\n1"])
+async def test_a_local_job_without_an_end(end):
+    environ = {name: value for name, value in LOCAL.items() if not name.endswith("END")}
+    if end is not None:
+        environ["ENSEMBLE_LOCAL_JOB_END"] = end
+    assert (await find(environ)).ends_at is None
+
+
+@pytest.mark.parametrize("number", ["", "0", "-1", "two", "1.5", "9999999", "٣"])
+async def test_a_local_job_whose_nodes_cannot_be_told(number):
+    with pytest.raises(AllocationError, match=r"ENSEMBLE_LOCAL_JOB_NODES is .* in local job 7"):
+        await find(LOCAL | {"ENSEMBLE_LOCAL_JOB_NODES": number})
+
+
+async def test_no_local_job_without_its_id():
+    stale = {name: value for name, value in LOCAL.items() if not name.endswith("ID")}
+    for environ in (stale, stale | {"ENSEMBLE_LOCAL_JOB_ID": ""}):
+        allocation = await find(environ, virtual_nodes=2)
+        assert (allocation.job_id, len(allocation.nodes), allocation.ends_at) == (None, 2, None)
+
+
+async def test_another_scheduler_inside_a_local_job():
+    allocation = await find(SLURM | LOCAL)
+    assert (allocation.scheduler, allocation.job_id) == ("slurm", "123")
+
+
 # Slurm
 
 SLURM = {

@@ -199,11 +199,99 @@ BEGIN
   RETURN FOUND;
 END $$;
 
--- register_launcher(...): a launcher and its lease; nodes of one batch job serve one launcher.
+-- ------------------------------------------------------------------------------- batch jobs
+
+-- open_batch_job(...): the row of a batch job that is about to be submitted; nothing where its policy has
+-- as many as it may, or another service has taken over. One at a time, so that no two exceed a limit together.
+CREATE OR REPLACE FUNCTION open_batch_job(
+  p_site text, p_scheduler text, p_num_nodes int, p_minutes int, p_job_mode text, p_wf_filter text,
+  p_project text, p_queue text, p_policy text, p_why text, p_spec jsonb, p_limit int, p_epoch bigint
+) RETURNS bigint
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v_id bigint;
+BEGIN
+  PERFORM pg_advisory_xact_lock(hashtext('ensemble.open_batch_job'));
+  IF p_epoch IS NOT NULL THEN
+    -- Locked: whoever takes over waits for this row, and then sees it.
+    PERFORM 1 FROM service s WHERE s.epoch = p_epoch FOR SHARE;
+    IF NOT FOUND THEN
+      RETURN NULL;
+    END IF;
+  END IF;
+  IF p_limit IS NOT NULL AND p_limit <= (
+      SELECT count(*) FROM batch_job b
+       WHERE b.policy IS NOT DISTINCT FROM p_policy AND b.state IN ('NEW', 'SUBMITTED', 'QUEUED', 'RUNNING')) THEN
+    RETURN NULL;
+  END IF;
+  INSERT INTO batch_job (scheduler, num_nodes, wall_time_minutes, job_mode, wf_filter, project, queue,
+                         policy, why, spec)
+  VALUES (p_scheduler, p_num_nodes, p_minutes, p_job_mode, p_wf_filter, p_project, p_queue, p_policy, p_why,
+          p_spec)
+  RETURNING id INTO v_id;
+  UPDATE batch_job b SET name = concat('ens-', p_site, '-', (SELECT s.token FROM service s), '-', v_id)
+   WHERE b.id = v_id;
+  RETURN v_id;
+END $$;
+
+-- job_number(id): what all spellings of a scheduler's job id share: `12;cluster`, `12.server` and `12.server.site`
+-- are one job, and so are Flux's two.
+CREATE OR REPLACE FUNCTION job_number(p_id text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = ensemble, pg_temp AS $$
+  SELECT replace(regexp_replace(p_id, '[.;].*$', ''), 'ƒ', 'f')
+$$;
+
+-- take_batch_job(...): by compare-and-set; refused are the launchers of a job that was given up or is being
+-- cancelled, of another submission of the same row, and a second one while the first may live.
+CREATE OR REPLACE FUNCTION take_batch_job(
+  p_id bigint, p_scheduler text, p_scheduler_job_id text, p_ends_at timestamptz
+) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+DECLARE
+  v batch_job;
+  v_other bigint;
+BEGIN
+  SELECT * INTO v FROM batch_job b WHERE b.id = p_id FOR UPDATE;
+  IF NOT FOUND THEN
+    RAISE EXCEPTION 'batch job % is not on record here: was its site made anew?', p_id
+      USING ERRCODE = 'EN003';
+  END IF;
+  IF v.state NOT IN ('NEW', 'SUBMITTED', 'QUEUED', 'RUNNING') THEN
+    RAISE EXCEPTION 'batch job % was given up (%: %)', p_id, v.state, coalesce(v.reason, 'no reason on record')
+      USING ERRCODE = 'EN003';
+  END IF;
+  IF v.spec ? 'cancelled' THEN
+    RAISE EXCEPTION 'batch job % is being cancelled (%)', p_id, v.spec->>'cancelled' USING ERRCODE = 'EN003';
+  END IF;
+  -- An id that nobody knows yet may be any, but it is one of the scheduler that the job was submitted to.
+  IF v.scheduler <> p_scheduler OR p_scheduler_job_id IS NULL
+     OR job_number(coalesce(v.scheduler_id, p_scheduler_job_id)) <> job_number(p_scheduler_job_id) THEN
+    RAISE EXCEPTION 'batch job % is % job %, and this launcher runs in %', p_id, v.scheduler,
+      coalesce(v.scheduler_id, '(id unknown)'), coalesce(p_scheduler || ' job ' || p_scheduler_job_id, 'none')
+      USING ERRCODE = 'EN003';
+  END IF;
+  SELECT r.id INTO v_other
+    FROM launcher r JOIN lease l ON l.launcher_id = r.id AND l.state = 'ACTIVE'
+   WHERE r.batch_job_id = p_id
+   LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'launcher % has batch job % still: its lease has not ended', v_other, p_id
+      USING ERRCODE = 'EN003';
+  END IF;
+  UPDATE batch_job b
+     SET state = 'RUNNING', scheduler_id = coalesce(b.scheduler_id, p_scheduler_job_id),
+         submitted_at = coalesce(b.submitted_at, clock_timestamp()),
+         started_at = coalesce(b.started_at, clock_timestamp()), ends_at = coalesce(p_ends_at, b.ends_at),
+         missing = 0, first_missing_at = NULL, reason = NULL, record = NULL, error = NULL, exit_code = NULL
+   WHERE b.id = p_id;
+END $$;
+
+-- register_launcher(...): a launcher and its lease; nodes of one batch job serve one launcher. One that
+-- a batch job of ours has started takes the job's row with it, or is refused.
 CREATE OR REPLACE FUNCTION register_launcher(
   p_identity jsonb, p_version text, p_job_mode text, p_wf_filter text, p_nodes text[],
   p_scheduler text, p_scheduler_job_id text, p_restart_count int, p_left interval, p_ttl interval,
-  p_node_cores int, p_node_gpus int, p_linger interval
+  p_node_cores int, p_node_gpus int, p_linger interval, p_batch_job bigint
 ) RETURNS TABLE (launcher_id bigint, lease_id bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 DECLARE
@@ -223,10 +311,13 @@ BEGIN
         v_other, p_scheduler_job_id USING ERRCODE = 'EN003';
     END IF;
   END IF;
-  INSERT INTO launcher (host, boot_id, machine_id, pid_namespace, pid, start_ticks, guard_pid,
+  IF p_batch_job IS NOT NULL THEN
+    PERFORM take_batch_job(p_batch_job, p_scheduler, p_scheduler_job_id, clock_timestamp() + p_left);
+  END IF;
+  INSERT INTO launcher (batch_job_id, host, boot_id, machine_id, pid_namespace, pid, start_ticks, guard_pid,
                         guard_start_ticks, version, job_mode, wf_filter, nodes, scheduler,
                         scheduler_job_id, restart_count, ends_at, node_cores, node_gpus)
-  VALUES (p_identity->>'host', p_identity->>'boot_id', p_identity->>'machine_id',
+  VALUES (p_batch_job, p_identity->>'host', p_identity->>'boot_id', p_identity->>'machine_id',
           p_identity->>'pid_namespace',
           (p_identity->>'pid')::int, (p_identity->>'start_ticks')::bigint,
           (p_identity->>'guard_pid')::int, (p_identity->>'guard_start_ticks')::bigint,
@@ -1029,7 +1120,10 @@ BEGIN
   SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
     SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
   SELECT blocked_parents(array_agg(i.id) FILTER (WHERE i.outcome = 'done'),
-                         array_agg(i.id) FILTER (WHERE i.outcome NOT IN ('done', 'given back')))
+                         array_agg(i.id) FILTER (WHERE i.outcome NOT IN ('done', 'given back')
+                           OR (i.outcome = 'given back' AND EXISTS (
+                                 SELECT 1 FROM task t
+                                  WHERE t.id = i.id AND t.state IN ('RUNNING', 'RUN_TIMEOUT')))))
     INTO v_blocked FROM unnest(p_id, p_outcome) AS i (id, outcome);
   IF v_blocked <> '{}' THEN
     v_locked := ARRAY (SELECT unnest(v_locked) EXCEPT SELECT unnest(v_blocked));
@@ -1037,11 +1131,12 @@ BEGIN
   WITH report AS MATERIALIZED (
     SELECT i.id, i.attempt, i.nodes,
            -- What is on record as started was not given back unstarted: it is lost.
-           CASE WHEN i.outcome = 'given back' AND t.state = 'RUNNING' THEN 'lost'
-                ELSE i.outcome END AS outcome,
+           CASE WHEN k.is_lost THEN 'lost' ELSE i.outcome END AS outcome,
            -- No clock of a launcher makes an attempt outlive its hold.
            least(i.at, clock_timestamp()) AS at, CASE WHEN i.started IS NOT NULL THEN least(i.started, clock_timestamp()) END AS started,
-           i.code, i.cause, i.reason, i.error, i.output, t.state AS was,
+           i.code, CASE WHEN k.is_lost THEN 'launcher lost' ELSE i.cause END AS cause,
+           CASE WHEN k.is_lost THEN coalesce(i.reason, 'given back after its start') ELSE i.reason END AS reason,
+           i.error, i.output, t.state AS was,
            CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
                 WHEN a.task_id IS NULL OR a.lease_id <> p_lease THEN 'fenced'
                 WHEN a.ended_at IS NOT NULL THEN
@@ -1054,6 +1149,8 @@ BEGIN
            AS i (id, attempt, outcome, at, started, nodes, code, cause, reason, error, output)
       LEFT JOIN ensemble.attempt a ON a.task_id = i.id AND a.attempt = i.attempt
       LEFT JOIN task t ON t.id = i.id
+     CROSS JOIN LATERAL (
+       SELECT i.outcome = 'given back' AND (t.state = 'RUNNING' OR a.started_at IS NOT NULL) AS is_lost) k
   ), closed AS (
     UPDATE ensemble.attempt a
        SET ended_at = r.at, started_at = coalesce(a.started_at, r.started),
@@ -1292,6 +1389,7 @@ BEGIN
       EXECUTE format('GRANT USAGE ON SCHEMA ensemble TO %I', v_role);
       EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA ensemble TO %I', v_role);
       EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON move, schema_version, schema_script, event FROM %I', v_role);
+      EXECUTE format('REVOKE INSERT, DELETE ON service FROM %I', v_role);
       EXECUTE format('GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA ensemble TO %I', v_role);
     END IF;
   END LOOP;

@@ -264,6 +264,236 @@ SELECT EXISTS (
    WHERE t.num_nodes <= $2 AND (NOT $3 OR (t.num_nodes = 1 AND t.ranks_per_node = 1))
      AND ($1::int[] IS NULL OR t.workflow_id = ANY ($1)))
 
+-- ================================================================ batch jobs
+
+-- set_script(id, script, output)
+UPDATE batch_job SET script = $2, spec = spec || jsonb_build_object('output', $3::text) WHERE id = $1
+
+-- set_submitted(id, scheduler_id)
+-- A launcher or a look may have been quicker, and has moved the row on; the scheduler's own spelling of the
+-- id is the one that its commands take.
+UPDATE batch_job
+   SET scheduler_id = CASE WHEN job_number(scheduler_id) <> job_number($2) THEN scheduler_id ELSE $2 END,
+       submitted_at = coalesce(submitted_at, clock_timestamp()),
+       state = CASE WHEN state = 'NEW' THEN 'SUBMITTED' ELSE state END,
+       reason = CASE WHEN state = 'NEW' THEN NULL ELSE reason END
+ WHERE id = $1
+RETURNING id
+
+-- set_rejected(id, reason)
+UPDATE batch_job SET state = 'REJECTED', reason = $2, ended_at = clock_timestamp()
+ WHERE id = $1 AND state = 'NEW'
+RETURNING id
+
+-- set_doubtful(id, reason)
+-- It stays NEW: whether the scheduler has it is found out by its name.
+UPDATE batch_job SET reason = $2 WHERE id = $1 AND state = 'NEW'
+
+-- set_cancelled(id, reason)
+-- Asked for; it ends when the scheduler says so.
+UPDATE batch_job SET spec = spec || jsonb_build_object('cancelled', $2::text)
+ WHERE id = $1 AND state IN ('NEW', 'SUBMITTED', 'QUEUED', 'RUNNING')
+RETURNING id
+
+-- set_missing(id)
+UPDATE batch_job
+   SET missing = missing + 1, first_missing_at = coalesce(first_missing_at, clock_timestamp())
+ WHERE id = $1 AND state IN ('NEW', 'SUBMITTED', 'QUEUED', 'RUNNING')
+
+-- set_seen(id, was, state, reason, scheduler_id, exit_code, started_at, ended_at, ends_at)
+-- Compare-and-set: what a launcher or another looker wrote meanwhile is newer than this listing. Without an
+-- id no listing shows the job, which holds only as long as it is missed: a launcher that takes it ends that.
+UPDATE batch_job
+   SET state = $3, reason = $4, scheduler_id = coalesce(scheduler_id, $5::text), exit_code = coalesce($6, exit_code),
+       submitted_at = CASE WHEN $5::text IS NULL THEN submitted_at ELSE coalesce(submitted_at, clock_timestamp()) END,
+       started_at = coalesce($7, started_at),
+       ended_at = CASE WHEN $3 IN ('FINISHED', 'FAILED', 'TIMEOUT', 'CANCELLED', 'LOST', 'REJECTED')
+                       THEN coalesce($8, clock_timestamp()) END,
+       ends_at = coalesce($9, ends_at), missing = 0, first_missing_at = NULL
+ WHERE id = $1 AND state = $2 AND ($5::text IS NOT NULL OR missing > 0)
+RETURNING id
+
+-- set_error(id, error)
+UPDATE batch_job SET error = $2 WHERE id = $1 AND record IS NULL
+
+-- set_record(id, launcher, record)
+-- The launcher's own last word; of one that holds the row.
+UPDATE batch_job b SET record = $3
+ WHERE b.id = $1
+   AND EXISTS (SELECT 1 FROM launcher r WHERE r.id = $2 AND r.batch_job_id = b.id)
+   AND NOT EXISTS (SELECT 1 FROM launcher r WHERE r.id > $2 AND r.batch_job_id = b.id)
+
+-- select_batch_jobs(ids, only_active, limit)
+-- The youngest first, each with the last launcher that took it.
+SELECT b.id, coalesce(b.name, '') AS name, b.scheduler, b.scheduler_id, b.state, b.num_nodes,
+       b.wall_time_minutes, b.job_mode, b.wf_filter, b.project, b.queue, b.policy, b.why, b.reason,
+       b.exit_code, b.error, b.record, b.missing, b.created_at, b.submitted_at, b.started_at, b.ended_at,
+       b.ends_at, b.spec, r.id AS launcher_id, l.id IS NOT NULL AS has_live_launcher,
+       extract(epoch FROM clock_timestamp() - b.created_at)::float8 AS age_s,
+       extract(epoch FROM clock_timestamp() - b.first_missing_at)::float8 AS missing_s
+  FROM batch_job b
+  LEFT JOIN LATERAL (SELECT max(x.id) AS id FROM launcher x WHERE x.batch_job_id = b.id) r ON true
+  LEFT JOIN lease l ON l.launcher_id = r.id AND l.state = 'ACTIVE'
+ WHERE b.id = ANY (coalesce($1::bigint[], CASE
+         WHEN $2 THEN ARRAY (SELECT a.id FROM batch_job a
+                              WHERE a.state IN ('NEW', 'SUBMITTED', 'QUEUED', 'RUNNING'))
+         ELSE ARRAY (SELECT a.id FROM batch_job a ORDER BY a.id DESC LIMIT $3) END))
+ ORDER BY b.id DESC
+
+-- select_backlog(workflow_ids, limit)
+-- What could run now, in claim order, as far as the limit goes. Counted before it is given names.
+SELECT w.name AS workflow, t.num_nodes, t.ranks_per_node, n.node_packing_count AS packing,
+       n.gpus_per_rank::bigint * t.ranks_per_node AS gpus, n.memory_mb, t.wall_time_minutes,
+       sum(t.tasks)::int AS tasks
+  FROM (SELECT f.workflow_id, f.num_nodes, f.ranks_per_node, f.shape_id, f.wall_time_minutes, count(*) AS tasks
+          FROM ((SELECT t.workflow_id, t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes
+                   FROM task t
+                  WHERE $1::int[] IS NULL
+                    AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+                  ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+                  LIMIT $2)
+                 UNION ALL
+                (SELECT s.workflow_id, s.num_nodes, s.ranks_per_node, s.shape_id, s.wall_time_minutes
+                   FROM unnest($1::int[]) AS x (id)
+                  CROSS JOIN LATERAL (
+                    SELECT t.workflow_id, t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes,
+                           t.priority, t.id
+                      FROM task t
+                     WHERE t.workflow_id = x.id
+                       AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
+                     ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
+                     LIMIT $2) s
+                  ORDER BY s.priority DESC, s.num_nodes DESC, s.wall_time_minutes DESC, s.id
+                  LIMIT $2)) f
+         GROUP BY 1, 2, 3, 4, 5) t
+  JOIN workflow w ON w.id = t.workflow_id
+  JOIN shape n ON n.id = t.shape_id
+ GROUP BY 1, 2, 3, 4, 5, 6, 7
+
+-- select_soon(workflow_ids, parents, limit)
+-- What waits only for tasks that run: it will want nodes when they end.
+SELECT w.name AS workflow, t.num_nodes, t.ranks_per_node, n.node_packing_count AS packing,
+       n.gpus_per_rank::bigint * t.ranks_per_node AS gpus, n.memory_mb, t.wall_time_minutes,
+       count(*)::int AS tasks
+  FROM (SELECT t.workflow_id, t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes
+          FROM (SELECT p.id FROM task p WHERE p.lease_id IS NOT NULL AND p.state = 'RUNNING' LIMIT $2) p
+          JOIN task_parent e ON e.parent_id = p.id AND e.waits
+          JOIN task t ON t.id = e.child_id AND t.state = 'AWAITING_PARENTS' AND t.pending_parents = 1
+         WHERE $1::int[] IS NULL OR t.workflow_id = ANY ($1)
+         LIMIT $3) t
+  JOIN workflow w ON w.id = t.workflow_id
+  JOIN shape n ON n.id = t.shape_id
+ GROUP BY 1, 2, 3, 4, 5, 6, 7
+
+-- typical_minutes(limit)
+-- How long tasks of each workflow take, by those that ended well among the youngest attempts.
+SELECT w.name AS workflow, avg(extract(epoch FROM a.ended_at - a.started_at) / 60)::float8 AS minutes
+  FROM (SELECT a.task_id, a.started_at, a.ended_at, a.outcome FROM attempt a
+         ORDER BY a.task_id DESC, a.attempt DESC LIMIT $1) a
+  JOIN task t ON t.id = a.task_id
+  JOIN workflow w ON w.id = t.workflow_id
+ WHERE a.outcome = 'done' AND a.started_at IS NOT NULL
+ GROUP BY 1
+
+-- select_capacity(assumed_minutes, workflows, minutes)
+-- The launchers that run and were heard of lately, and how many node-minutes what they hold still takes: what
+-- has outlived its estimate, or is being ended, another minute.
+SELECT r.batch_job_id, r.job_mode, r.wf_filter, cardinality(r.nodes) AS nodes, r.node_gpus,
+       coalesce((b.spec->>'slots_per_node')::int, 1) AS slots_per_node,
+       (extract(epoch FROM r.ends_at - clock_timestamp()) / 60)::float8 AS left_minutes,
+       coalesce((SELECT sum(
+                   CASE WHEN r.job_mode <> 'serial' THEN t.num_nodes::float8
+                        ELSE 1 / greatest(n.node_packing_count, (b.spec->>'slots_per_node')::int)::float8 END
+                   * CASE t.state
+                       WHEN 'RUNNING' THEN greatest(least(y.minutes, 1), y.minutes - extract(
+                         epoch FROM clock_timestamp() - t.started_at)::float8 / 60)
+                       WHEN 'PREPROCESSED' THEN y.minutes
+                       WHEN 'RESTART_READY' THEN y.minutes
+                       ELSE 1 END)
+                   FROM task t
+                   JOIN shape n ON n.id = t.shape_id
+                   JOIN workflow w ON w.id = t.workflow_id
+                   LEFT JOIN unnest($2::text[], $3::float8[]) AS k (workflow, minutes) ON k.workflow = w.name
+                  CROSS JOIN LATERAL (
+                    SELECT CASE WHEN t.wall_time_minutes > 0 THEN t.wall_time_minutes
+                                ELSE coalesce(k.minutes, $1::float8) END AS minutes) y
+                  WHERE t.lease_id = l.id), 0)::float8 AS busy
+  FROM launcher r JOIN lease l ON l.launcher_id = r.id LEFT JOIN batch_job b ON b.id = r.batch_job_id
+ WHERE l.state = 'ACTIVE' AND l.renewed_at > clock_timestamp() - interval '2 minutes'
+ ORDER BY r.id
+
+-- ================================================================ the service
+
+-- try_service_lock()
+-- Of the session: a crash frees it.
+SELECT pg_try_advisory_lock(hashtext('ensemble.service'))
+
+-- enter_service(host, pid, period_s)
+UPDATE service
+   SET epoch = epoch + 1, host = $1, pid = $2, period_s = $3, started_at = clock_timestamp(),
+       seen_at = clock_timestamp(), stopped_at = NULL
+RETURNING epoch
+
+-- beat_service(epoch)
+-- Nothing comes back when another has taken over.
+UPDATE service SET seen_at = clock_timestamp() WHERE epoch = $1 RETURNING epoch
+
+-- unlock_service()
+SELECT pg_advisory_unlock(hashtext('ensemble.service'))
+
+-- leave_service(epoch)
+UPDATE service SET stopped_at = clock_timestamp() WHERE epoch = $1
+
+-- select_service()
+SELECT token, host, pid, period_s, started_at, seen_at, stopped_at,
+       extract(epoch FROM clock_timestamp() - seen_at)::float8 AS silent_s
+  FROM service
+
+-- select_queue_states()
+SELECT name, paused_by, paused_at, reason, failures, kind, retry_at,
+       extract(epoch FROM retry_at - clock_timestamp())::float8 AS retry_s
+  FROM queue_state ORDER BY name
+
+-- pause_queue(name, by, reason)
+-- What a user paused, the service leaves alone.
+INSERT INTO queue_state AS q (name, paused_by, paused_at, reason)
+VALUES ($1, $2, clock_timestamp(), $3)
+ON CONFLICT (name) DO UPDATE
+   SET paused_by = excluded.paused_by, paused_at = excluded.paused_at, reason = excluded.reason
+ WHERE q.paused_by IS DISTINCT FROM 'user' OR excluded.paused_by = 'user'
+
+-- resume_queue(name)
+DELETE FROM queue_state WHERE name = $1 RETURNING name
+
+-- note_failure(name, kind, reason, retry_s)
+-- Returns how many of the same kind there were in a row.
+INSERT INTO queue_state AS q (name, failures, kind, reason, retry_at)
+VALUES ($1, 1, $2, $3, clock_timestamp() + make_interval(secs => $4::float8))
+ON CONFLICT (name) DO UPDATE
+   SET failures = CASE WHEN q.kind = excluded.kind THEN q.failures + 1 ELSE 1 END,
+       kind = excluded.kind, retry_at = excluded.retry_at,
+       reason = CASE WHEN q.paused_by IS NULL THEN excluded.reason ELSE q.reason END
+RETURNING failures
+
+-- note_success(name, kinds)
+-- Ends a row of failures of these kinds.
+UPDATE queue_state SET failures = 0, kind = NULL, retry_at = NULL,
+       reason = CASE WHEN paused_by IS NULL THEN NULL ELSE reason END
+ WHERE name = $1 AND kind = ANY ($2::text[])
+
+-- note_decision(policy, reason, batch_job)
+-- Only what is new: the same decision again is no news.
+INSERT INTO decision (policy, reason, batch_job_id)
+SELECT $1::text, $2::text, $3::bigint
+ WHERE $3 IS NOT NULL OR $2 IS DISTINCT FROM (
+   SELECT d.reason FROM decision d WHERE d.policy = $1 ORDER BY d.id DESC LIMIT 1)
+
+-- forget_decisions(keep)
+DELETE FROM decision WHERE id <= (SELECT max(id) FROM decision) - $1::bigint
+
+-- select_decisions(limit)
+SELECT at, policy, reason, batch_job_id FROM decision ORDER BY id DESC LIMIT $1
+
 -- ================================================================ reaping
 
 -- select_local_leases(host)
@@ -273,11 +503,81 @@ SELECT l.id AS lease_id, r.host, r.boot_id, r.machine_id, r.pid_namespace, r.pid
   FROM lease l JOIN launcher r ON r.id = l.launcher_id
  WHERE l.state = 'ACTIVE' AND r.host = $1
 
+-- select_lease_owner(lease)
+-- Whose it is, and its mark (`Lease.mark`): a spool with another one is not of this lease.
+SELECT concat_ws(' ', (SELECT token FROM service), r.boot_id, r.pid, r.start_ticks) AS mark, r.id AS launcher_id
+  FROM (SELECT $1::bigint AS id) w LEFT JOIN lease l ON l.id = w.id LEFT JOIN launcher r ON r.id = l.launcher_id
+
 -- unswept_leases()
 SELECT id FROM lease WHERE state <> 'ACTIVE' AND NOT swept ORDER BY id
 
 -- try_reaper_lock()
 SELECT pg_try_advisory_xact_lock(hashtext('ensemble.reap'))
+
+-- ================================================================ backup and restore
+
+-- list_tables()
+-- What a backup holds: not what the program brings itself. With the tables that foreign keys lead to.
+SELECT c.relname::text AS name, array_agg(a.attname::text ORDER BY a.attnum) AS columns,
+       ARRAY (SELECT p.relname::text FROM pg_constraint f JOIN pg_class p ON p.oid = f.confrelid
+               WHERE f.conrelid = c.oid AND f.contype = 'f' AND p.oid <> c.oid) AS parents
+  FROM pg_class c
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+ WHERE c.relnamespace = to_regnamespace('ensemble') AND c.relkind = 'r' AND c.relname ~ '^[a-z0-9_]+$'
+   AND c.relname NOT IN ('schema_version', 'schema_script', 'move')
+ GROUP BY c.oid, c.relname
+ ORDER BY c.relname
+
+-- list_identities()
+-- The columns that number rows, and whether there is room to leave numbers out.
+SELECT c.relname::text AS name, a.attname::text AS "column", a.atttypid = 'bigint'::regtype AS is_wide,
+       pg_get_serial_sequence(c.oid::regclass::text, a.attname) AS sequence
+  FROM pg_class c
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attidentity <> '' AND NOT a.attisdropped
+ WHERE c.relnamespace = to_regnamespace('ensemble') AND c.relkind = 'r' AND c.relname ~ '^[a-z0-9_]+$'
+ ORDER BY c.relname
+
+-- select_migrations()
+SELECT version, sha256 FROM schema_version ORDER BY version
+
+-- count_contents()
+-- What a restore would replace.
+SELECT (SELECT count(*) FROM task) AS tasks, (SELECT count(*) FROM app) AS apps,
+       (SELECT count(*) FROM launcher) AS launchers, (SELECT count(*) FROM batch_job) AS "batch jobs"
+
+-- last_heard()
+-- The live launcher that was heard of last; while the server was down, none could be.
+SELECT r.id, r.host,
+       extract(epoch FROM clock_timestamp() - greatest(l.renewed_at, pg_postmaster_start_time()))::float8
+         AS silent_s
+  FROM launcher r JOIN lease l ON l.launcher_id = r.id
+ WHERE l.state = 'ACTIVE'
+ ORDER BY silent_s
+ LIMIT 1
+
+-- close_restored_leases()
+-- Their launchers may still run against the database that the backup was made of.
+SELECT close_lease(l.id, 'EXPIRED', 'restored from a backup') FROM lease l
+ WHERE l.state = 'ACTIVE'
+ ORDER BY l.id
+
+-- forgive_losses()
+-- release_lost() counts a loss for each of these, and nothing was lost.
+UPDATE task t SET losses = t.losses - 1
+  FROM lease l
+ WHERE l.id = t.lease_id AND l.evidence = 'restored from a backup' AND t.state = 'RUNNING'
+
+-- give_up_batch_jobs()
+-- A launcher that one of them starts is refused, and leaves.
+UPDATE batch_job SET state = 'LOST', reason = 'restored from a backup', ended_at = clock_timestamp()
+ WHERE state IN ('NEW', 'SUBMITTED', 'QUEUED', 'RUNNING')
+RETURNING id
+
+-- renew_service()
+-- Of two sites with one token, each would take the other's batch jobs for its own.
+UPDATE service
+   SET token = substr(md5(gen_random_uuid()::text), 1, 6), epoch = epoch + 1, host = NULL, pid = NULL,
+       period_s = NULL, started_at = NULL, seen_at = NULL, stopped_at = NULL
 
 -- ================================================================ invariants: `ensemble db check`
 
