@@ -22,11 +22,15 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal, cast
 
+from ensemble import batch
+from ensemble.core.batchjob import BatchJob, NewBatchJob, Service
+from ensemble.core.jobs import Jobs
 from ensemble.core.listener import EVENT, KILL, Listener
 from ensemble.core.model import (
     App,
     Changes,
     Counts,
+    JobMode,
     Launcher,
     NewApp,
     NewTask,
@@ -77,6 +81,7 @@ class Client:
         self.store = store
         self.apps = Apps(store)
         self.tasks = Tasks(store, site)
+        self.batch = BatchJobs(store, site)
 
     async def counts(self, workflow: str | None = None) -> Counts:
         """Count the tasks by state; of the workflows that contain *workflow* when given."""
@@ -286,6 +291,151 @@ class Tasks:
         for missing in sorted(set(wanted) - states.keys()):
             raise NotFoundError(f"there is no task {missing} (ensemble ls)")
         return states
+
+
+class BatchJobs:
+    """The batch jobs of this site, and the queue policies they are submitted for."""
+
+    def __init__(self, store: Store, site: Site) -> None:
+        self._store = store
+        self._site = site
+        self._jobs = Jobs(store.pool)
+
+    def new(  # noqa: PLR0913 - the fields of a batch job that a user gives
+        self,
+        *,
+        nodes: int,
+        minutes: int,
+        job_mode: JobMode = JobMode.MPI,
+        wf_filter: str | None = None,
+        project: str | None = None,
+        queue: str | None = None,
+        flags: Sequence[str] = (),
+        slots_per_node: int = 1,
+    ) -> NewBatchJob:
+        """Return a batch job for this site's scheduler; nothing is submitted.
+
+        Args:
+            nodes: Nodes to ask for.
+            minutes: Walltime.
+            job_mode: How its launcher runs tasks.
+            wf_filter: Take only workflows whose name contains it.
+            project: The project or account to charge.
+            queue: The scheduler's queue or partition.
+            flags: More words for the scheduler's submit command.
+            slots_per_node: Let so many tasks share a node at least (serial mode).
+
+        Raises:
+            ConfigError: There is no scheduler on this machine.
+            UsageError: There are no nodes, or no time.
+        """
+        return batch.new_job(
+            batch.find_scheduler(self._site, os.environ),
+            nodes=nodes,
+            minutes=minutes,
+            job_mode=job_mode,
+            wf_filter=wf_filter,
+            project=project,
+            queue=queue,
+            flags=tuple(flags),
+            slots_per_node=slots_per_node,
+        )
+
+    def render(self, new: NewBatchJob, *, template: str | None = None) -> str:
+        """Return the script that `submit` would submit.
+
+        Raises:
+            TemplateError: The template, of `templates/`, is missing or malformed.
+        """
+        return self._submitter().render(new, template_name=self._template(template))
+
+    async def submit(self, new: NewBatchJob, *, template: str | None = None) -> BatchJob:
+        """Submit a batch job whose script runs a launcher.
+
+        Raises:
+            TemplateError: The template is missing or malformed; nothing was submitted.
+            SchedulerError: It was refused; or nobody knows whether it was taken (`Trouble.UNSURE`).
+        """
+        job = await self._submitter().submit(new, template_name=self._template(template))
+        assert job is not None  # a user has no limit
+        return job
+
+    async def doubts(self, new: NewBatchJob) -> list[str]:
+        """Return what speaks against a batch job as things are now: lines for people."""
+        workflows = await self._store.workflow_ids(new.wf_filter)
+        if new.wf_filter is not None and not workflows:
+            return [f"no workflow's name contains {new.wf_filter!r} (ensemble ls workflows)"]
+        backlog = [tasks for tasks in await self._jobs.backlog(workflows) if not tasks.is_soon]
+        return batch.doubts(new, backlog, margin_s=self._site.settings.launcher.margin_s)
+
+    async def find(self, *, limit: int = 100) -> list[BatchJob]:
+        """Return batch jobs as they are on record, the youngest first."""
+        return await self._jobs.recent(limit)
+
+    async def active(self) -> list[BatchJob]:
+        """Return the batch jobs that are queued or running, the youngest first."""
+        return await self._jobs.active()
+
+    async def get(self, job_id: int) -> BatchJob:
+        """Return one batch job as it is on record.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        return await self._jobs.get(job_id)
+
+    async def cancel(self, job_id: int, *, reason: str = "") -> bool:
+        """Cancel a batch job; tell whether it was there to be cancelled.
+
+        Its launcher ends what runs in good order; it ends when the scheduler says so.
+
+        Raises:
+            NotFoundError: There is none of that id.
+            SchedulerError: The scheduler does not answer, or refuses.
+        """
+        return await batch.cancel(
+            self._jobs, batch.find_system(self._site), job_id, reason or "cancelled by the user"
+        )
+
+    async def pause(self, name: str, *, reason: str = "") -> None:
+        """Keep a queue policy from submitting until it is resumed.
+
+        Raises:
+            NotFoundError: There is no such policy in ensemble.toml.
+        """
+        self._check_policy(name)
+        await self._jobs.pause(name, by="user", reason=reason or "no reason given")
+        await self._jobs.note_decision(name, f"paused by user: {reason or 'no reason given'}")
+        await self._store.ring()
+
+    async def resume(self, name: str) -> bool:
+        """Let a queue policy submit again, its failures forgotten; tell whether anything had kept it.
+
+        Raises:
+            NotFoundError: There is no such policy in ensemble.toml.
+        """
+        self._check_policy(name)
+        found = await self._jobs.resume(name)
+        if found:
+            await self._jobs.note_decision(name, "resumed by user")
+        await self._store.ring()
+        return found
+
+    async def service(self) -> Service:
+        """Return what is known of the service, `ensemble serve`."""
+        return await self._jobs.service()
+
+    def _submitter(self) -> batch.Submitter:
+        return batch.Submitter(self._site, self._jobs, batch.find_system(self._site))
+
+    def _template(self, name: str | None) -> str:
+        return name or self._site.settings.scheduler.template
+
+    def _check_policy(self, name: str) -> None:
+        known = self._site.settings.queue
+        if name not in known:
+            listed = f"known: {', '.join(known)}" if known else "ensemble.toml has none"
+            raise NotFoundError(f"there is no queue policy {name!r}; {listed}")
 
 
 def parse_ids(text: str) -> list[int]:

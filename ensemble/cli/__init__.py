@@ -22,7 +22,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Tasks": {
         "app": ("app:app", "Register, list and remove apps: commands with a name."),
         "add": ("add:add", "Add one task, or many from a file."),
-        "ls": ("tasks:ls", "List tasks, apps, workflows or launchers."),
+        "ls": ("tasks:ls", "List tasks, apps, workflows, launchers or batch jobs."),
         "show": ("tasks:show", "Show everything about a task, with its history."),
         "log": ("output:log", "Print a task's output."),
         "dir": ("output:directory", "Print a task's work directory."),
@@ -34,6 +34,18 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Running": {
         "launch": ("launch:launch", "Run tasks on the nodes of this allocation or machine."),
+        "submit-launch": (
+            "submit:submit_launch",
+            "Submit one batch job whose script runs a launcher; every other option goes to the scheduler.",
+        ),
+        "serve": (
+            "serve:serve",
+            "Keep the batch queue filled, up to the limits in ensemble.toml, for as long as there is work.",
+        ),
+        "queue": (
+            "queue:queue",
+            "Show queues, batch jobs and what the service does next; pause, cancel.",
+        ),
     },
 }
 #: For programs, not for people.

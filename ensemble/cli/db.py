@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+import ensemble
 from ensemble.cli.options import as_json, examples
 from ensemble.cli.session import Session
 
 if TYPE_CHECKING:
+    from ensemble.core.backup import Head
+    from ensemble.core.restoration import Restored
     from ensemble.drivers.postgres import Cluster
+    from ensemble.site import Site
 
 _ROLES = ("user", "task", "owner")
 
@@ -142,6 +149,93 @@ def migrate(session: Session) -> None:
         click.echo(f"applied {name}")
     if not done:
         click.echo("the schema is up to date")
+
+
+@db.command(epilog=examples("ensemble db backup ~/sweep-$(date +%F).gz"))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.pass_obj
+def backup(session: Session, file: Path, force: bool) -> None:
+    """Write everything that the database holds into FILE, while work goes on.
+
+    Work directories, templates and settings are not in it: they are files already.
+    """
+    from ensemble.core.backup import back_up
+    from ensemble.drivers.pg import backup as files
+    from ensemble.site import OWNER
+
+    address = session.site().address(OWNER)
+    _leave_when_told()
+    with files.create(file, force=force) as write:
+        made = session.run_alone(back_up(address, write, release=ensemble.__version__))
+    size = file.stat().st_size
+    click.echo(f"backed up {made.rows.get('task', 0):,} tasks to {file} ({size:,} bytes)")
+
+
+@db.command(
+    epilog=examples(
+        "ensemble init new && ensemble --site new db restore ~/sweep-2026-05-01.gz",
+        "ensemble db restore --force ~/sweep-2026-05-01.gz",
+    )
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace whatever the database holds.")
+@click.pass_obj
+def restore(session: Session, file: Path, force: bool) -> None:
+    """Fill the site's database from FILE, a backup; all of it or, after an error, nothing.
+
+    No launcher may run on this database. What was running when the backup was made is free to run again.
+    Makes the site's own database where that is missing.
+    """
+    from ensemble.core import restoration
+    from ensemble.core.backup import read_head, verify
+    from ensemble.drivers.pg import backup as files
+    from ensemble.site import OWNER
+
+    site = session.site()
+
+    async def work() -> tuple[Head, Restored]:
+        with files.read(file) as source:
+            await verify(source)  # before anything is touched
+        await _make_missing(site)
+        with files.read(file) as source:
+            head = read_head(source)
+            return head, await restoration.restore(site.address(OWNER), source, head, replace=force)
+
+    head, done = session.run_alone(work())
+    _tell_restored(f"of {head.at:%Y-%m-%d %H:%M:%S} UTC", done)
+
+
+def _leave_when_told() -> None:
+    """Let signals that would end this process at once end it in good order, that is, without a half file."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+            signal.signal(number, lambda told, _frame: sys.exit(128 + told))
+
+
+async def _make_missing(site: Site) -> None:
+    cluster = site.cluster
+    if cluster is not None and not cluster.exists:
+        click.echo(f"{cluster.folder} is missing: a database is made", err=True)
+        await cluster.create()
+        await cluster.start()
+
+
+def _tell_restored(when: str, done: Restored) -> None:
+    click.echo(f"restored {done.rows.get('task', 0):,} tasks as they were at the backup {when}")
+    if done.launchers:
+        click.echo(
+            f"{done.launchers:,} launchers ran then: their {done.released:,} tasks are free to run again; "
+            "a launcher that still runs on the old database should be ended first"
+        )
+    if done.batch_jobs:
+        click.echo(
+            f"{done.batch_jobs:,} batch jobs were queued or running then, and are given up (LOST): "
+            "cancel those that your scheduler still has"
+        )
+    for table in done.skipped:
+        click.echo(f"warning: table {table} is not Ensemble's and was left out", err=True)
+    click.echo("next      ensemble db check")
 
 
 def _own_cluster(session: Session) -> Cluster | None:

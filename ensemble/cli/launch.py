@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,7 @@ from ensemble.cli.options import Amount, examples
 from ensemble.cli.session import Session
 from ensemble.core.submission import LARGEST_MACHINE, LARGEST_PACKING
 from ensemble.errors import LaunchError, UsageError
+from ensemble.site import program
 
 if TYPE_CHECKING:
     from ensemble.api import Client
@@ -60,6 +60,12 @@ if TYPE_CHECKING:
     help="Leave after so long with nothing to do. [default: the site's setting, 60]",
 )
 @click.option("--persistent", is_flag=True, help="Stay when there is nothing to do.")
+@click.option(
+    "--batch-job",
+    type=click.IntRange(min=1, max=2**63 - 1),
+    metavar="ID",
+    help="The batch job that this is, in scripts that Ensemble writes.",
+)
 @click.option("--debug", is_flag=True, help="Log each event and effect.")
 @click.pass_obj
 def launch(
@@ -71,6 +77,7 @@ def launch(
     slots_per_node: int,
     idle_timeout: float | None,
     persistent: bool,
+    batch_job: int | None,
     debug: bool,
 ) -> None:
     """Run tasks on the nodes of this allocation or machine.
@@ -96,6 +103,7 @@ def launch(
         slots_per_node=slots_per_node,
         idle_timeout_s=idle_timeout,
         is_persistent=persistent,
+        batch_job=batch_job,
         debug=session.is_debug,
     )
     site = session.site()
@@ -112,38 +120,31 @@ def release_lease(session: Session, lease_id: int) -> None:
     """Close the lease of a launcher that is gone; called by its guard, which left nothing running."""
 
     async def release(client: Client) -> None:
-        from ensemble.core.leases import Reaping
+        from ensemble.service import reaper, spool
 
-        reaping = Reaping(client.store.pool)
-        await reaping.bury(lease_id, state="RELEASED", evidence="released by its guard")
-        await reaping.release()
-        await client.store.ring()
+        await reaper.release(client.store, spool.folder(session.site().path), lease_id)
 
     session.run(release)
 
 
 def launch_argv(site: str, options: LaunchOptions) -> list[str]:
     """Return the command line that asks for the same launch again."""
-    argv = [*_program(site), "launch", "--job-mode", str(options.job_mode)]
+    words = ["--job-mode", str(options.job_mode)]
     for flag, value in (
         ("--wf-filter", options.wf_filter),
         ("--time-limit-minutes", options.time_limit_minutes),
         ("--nodes", options.nodes),
         ("--slots-per-node", options.slots_per_node if options.slots_per_node > 1 else None),
         ("--idle-timeout", options.idle_timeout_s),
+        ("--batch-job", options.batch_job),
     ):
         if value is not None:
-            argv.append(f"{flag}={value}")
+            words.append(f"{flag}={value}")
     if options.is_persistent:
-        argv.append("--persistent")
+        words.append("--persistent")
     if options.debug:
-        argv.append("--debug")
-    return argv
-
-
-def _program(site: str) -> list[str]:
-    # -P: a file of the current directory must not stand in for a module.
-    return [sys.executable, "-P", "-m", "ensemble", "--site", site]
+        words.append("--debug")
+    return program(site, "launch", *words)
 
 
 def _enter_guard(site: str, options: LaunchOptions) -> None:
@@ -153,9 +154,7 @@ def _enter_guard(site: str, options: LaunchOptions) -> None:
     # Not the variable alone: a task that launches has inherited the one of its own launcher.
     if GuardLink.from_environ(os.environ) is not None:
         return
-    argv = guard_argv(
-        launch_argv(site, options), on_loss=[*_program(site), "release-lease", "{lease}"]
-    )
+    argv = guard_argv(launch_argv(site, options), on_loss=program(site, "release-lease", "{lease}"))
     try:
         os.execv(argv[0], argv)  # noqa: S606 - no shell
     except OSError as error:

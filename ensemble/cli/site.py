@@ -13,8 +13,7 @@ from ensemble.cli.session import Session, now
 
 if TYPE_CHECKING:
     from ensemble.api import Client
-    from ensemble.core.model import Counts, Launcher
-    from ensemble.core.states import State
+    from ensemble.render.view import SiteView
     from ensemble.site import Site
 
 
@@ -51,6 +50,12 @@ if TYPE_CHECKING:
     help="Where PostgreSQL's programs are. [default: found by pg_config, in well-known places, or "
     "in an installed wheel]",
 )
+@click.option(
+    "--scheduler",
+    type=click.Choice(["slurm", "pbs", "cobalt", "lsf", "sge", "flux", "local"]),
+    help="The batch scheduler to submit to; `local` runs batch jobs on this machine. [default: the one "
+    "that is here]",
+)
 @click.pass_obj
 def init(
     session: Session,
@@ -59,6 +64,7 @@ def init(
     listen: tuple[str, ...],
     bin_dir: str | None,
     allow_network_fs: bool,
+    scheduler: str | None,
 ) -> None:
     """Make a site: a directory for your work, with a database.
 
@@ -69,13 +75,22 @@ def init(
 
     path = Path(os.path.abspath(folder or Path(session.named or ".").expanduser()))
     if not session.run_alone(
-        create(path, dsn=dsn, listen=listen, bin_dir=bin_dir, allow_network_fs=allow_network_fs)
+        create(
+            path,
+            dsn=dsn,
+            listen=listen,
+            bin_dir=bin_dir,
+            allow_network_fs=allow_network_fs,
+            scheduler=scheduler,
+        )
     ):
         click.echo(f"the site {path} exists; nothing was changed (ensemble --site {path} status)")
         return
     site = Site.find(str(path))
     click.echo(f"site      {site.path}")
     click.echo(f"database  {_in_words(session.run_alone(describe_database(site)))}")
+    batch = site.settings.scheduler
+    click.echo(f"scheduler {batch.kind}, job template templates/{batch.template}")
     click.echo("next      " + ("" if path == Path.cwd() else f"cd {path}\n          "), nl=False)
     click.echo("ensemble add -- echo hello\n          ensemble launch --nodes 2")
 
@@ -86,20 +101,40 @@ def init(
 def status(session: Session, as_json: bool) -> None:
     """Show tasks, workflows, launchers and database on one screen."""
     site = session.site()
-    counts, workflows, launchers = session.run(_look)
+    found = session.run(_look)
     database = session.run_alone(describe_database(site))
     from ensemble.render import document, site as screen
 
     if as_json:
-        document.write(document.status(site.path, database, counts, workflows, launchers))
-    else:
-        screen.status(site.path, _in_words(database), counts, workflows, launchers, now())
+        document.write(document.status(site.path, database, found))
+        return
+    screen.status(site.path, _in_words(database), found, now())
+    if warning := absence(site, found):
+        click.echo(f"warning: {warning}", err=True)
 
 
-async def _look(
-    client: Client,
-) -> tuple[Counts, dict[str, dict[State, int]], list[Launcher]]:
-    return await client.counts(), await client.workflows(), await client.launchers()
+async def _look(client: Client) -> SiteView:
+    from ensemble.render.view import SiteView
+
+    return SiteView(
+        counts=await client.counts(),
+        workflows=await client.workflows(),
+        launchers=await client.launchers(),
+        batch_jobs=await client.batch.active(),
+        service=await client.batch.service(),
+    )
+
+
+def absence(site: Site, found: SiteView) -> str | None:
+    """Tell that work waits for a service that is not there; None when it does not."""
+    from ensemble.core.states import RUNNABLE
+    from ensemble.render.queue import in_words
+
+    waiting = sum(found.counts.by_state.get(state, 0) for state in RUNNABLE)
+    wants_service = any(policy.enabled for policy in site.settings.queue.values())
+    if not waiting or not wants_service or found.service.is_running or found.launchers:
+        return None
+    return f"{waiting:,} runnable tasks wait, and the service {in_words(found.service)}"
 
 
 async def describe_database(site: Site) -> dict[str, Any]:

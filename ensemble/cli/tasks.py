@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ensemble.api import Client
     from ensemble.core.model import Task, TaskDetail
 
-_KINDS = ("tasks", "apps", "workflows", "launchers")
+_KINDS = ("tasks", "apps", "workflows", "launchers", "batch")
 #: How often the progress line is written.
 _PROGRESS_S = 1.0
 _EVERYTHING = 2**62
@@ -50,7 +50,7 @@ def _split_kind(
     "words",
     nargs=-1,
     callback=_split_kind,
-    metavar="[tasks|apps|workflows|launchers] [ID | FIRST-LAST]...",
+    metavar="[tasks|apps|workflows|launchers|batch] [ID | FIRST-LAST]...",
 )
 @filters
 @click.option(
@@ -64,7 +64,7 @@ def _split_kind(
 @as_json
 @click.pass_context
 def ls(context: click.Context, selection: Selection, limit: int, as_json: bool) -> None:
-    """List tasks, apps, workflows or launchers."""
+    """List tasks, apps, workflows, launchers or batch jobs."""
     session: Session = context.obj
     kind = context.meta.get(_KIND, "tasks")
     if kind != "tasks":
@@ -97,6 +97,12 @@ def _list_others(session: Session, kind: str, *, as_json: bool) -> None:
         workflows = session.run(lambda client: client.workflows())
         listed = document.workflows(workflows)
         document.write(listed) if as_json else tables.workflows(workflows)
+    elif kind == "batch":
+        from ensemble.render import queue
+
+        jobs = session.run(lambda client: client.batch.find(limit=200))
+        listed = [document.batch_job(job) for job in jobs]
+        document.write(listed) if as_json else queue.batch_jobs(jobs, now())
     else:
         launchers = session.run(lambda client: client.launchers(only_live=False))
         document.write(launchers) if as_json else tables.launchers(launchers, now())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import click
 import msgspec
 
-from ensemble.core.model import Counts, Launcher, Output, Task, TaskDetail
+from ensemble.core.batchjob import BatchJob, Service
+from ensemble.core.model import Output, Task, TaskDetail
 from ensemble.core.states import State
+from ensemble.render.view import SiteView
 
 
 def write(value: Any) -> None:
@@ -63,23 +65,34 @@ def workflows(table: Mapping[str, Mapping[State, int]]) -> list[dict[str, Any]]:
     ]
 
 
-def status(
-    site: Path,
-    database: Any,
-    counts: Counts,
-    table: Mapping[str, Mapping[State, int]],
-    launchers: Sequence[Launcher],
-) -> dict[str, Any]:
+def status(site: Path, database: Any, found: SiteView) -> dict[str, Any]:
     """Return what `ensemble status` shows."""
     return {
         "site": str(site),
         "database": database,
-        "tasks": counts.total,
-        "by_state": dict(counts.by_state),
-        "held": dict(counts.held),
-        "workflows": workflows(table),
-        "launchers": msgspec.to_builtins(launchers),
+        "tasks": found.counts.total,
+        "by_state": dict(found.counts.by_state),
+        "held": dict(found.counts.held),
+        "workflows": workflows(found.workflows),
+        "launchers": msgspec.to_builtins(found.launchers),
+        "batch_jobs": [batch_job(job) for job in found.batch_jobs],
+        "service": service(found.service),
     }
+
+
+def batch_job(job: BatchJob) -> dict[str, Any]:
+    """Return all fields of a batch job, and what tables derive from them."""
+    return {
+        **msgspec.to_builtins(job),
+        "is_active": job.is_active,
+        "tasks": job.tasks,
+        "output": job.spec.get("output"),
+    }
+
+
+def service(found: Service) -> dict[str, Any]:
+    """Return what is known of the service."""
+    return {**msgspec.to_builtins(found), "is_running": found.is_running}
 
 
 def elapsed_s(task: Task, now: datetime) -> float | None:

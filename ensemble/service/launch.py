@@ -11,19 +11,21 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import ensemble
 from ensemble import log
 from ensemble.config import LauncherSettings, Settings
 from ensemble.core import leases
 from ensemble.core.dispatch import Policy
+from ensemble.core.jobs import Jobs
 from ensemble.core.model import JobMode, NewLauncher
 from ensemble.core.store import Store
 from ensemble.drivers import mpi, nodes, process, sweep
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.drivers.nodes import Allocation
-from ensemble.errors import LaunchError
-from ensemble.service import pilots, runtime
+from ensemble.errors import EnsembleError, LaunchError, StoreUnavailableError
+from ensemble.service import pilots, runtime, spool
 from ensemble.service.launcher import Launcher
 from ensemble.service.options import LaunchOptions
 from ensemble.service.pilotbase import Base
@@ -35,6 +37,10 @@ from ensemble.site import Site
 
 #: Tasks inherit it, and some programs walk through all numbers up to it: no more than is useful.
 _FILES = 65_536
+#: Of a short allocation, margin_s and min_useful_s take no more than this part.
+_SHORT = 0.1
+#: How long the last word may take: the allocation may be ending.
+_WORD_S = 5.0
 _STARTERS = 16
 _READERS = 2
 
@@ -76,7 +82,11 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         found, mpi_error = await _find_mpi(site.settings, allocation, options)
         if options.job_mode is JobMode.SERIAL and found is None:
             raise LaunchError(mpi_error)
-        await reap(store)  # a lost launcher of this very allocation may still hold its nodes
+        # A lost launcher of this very allocation may still hold its nodes.
+        await reap(store, spool.folder(site.path))
+        jobs = Jobs(store.pool)
+        if options.batch_job is not None and allocation.ends_at is None:
+            allocation = replace(allocation, ends_at=await _end_on_record(jobs, options.batch_job))
         left_s = _time_left(options, allocation, settings)
         lease = await leases.register(
             store.pool,
@@ -100,10 +110,43 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
                 job_mode=options.job_mode,
                 make_runner=make_runner,
                 guard=guard,
+                spools=spool.folder(site.path),
             )
-            return await launcher.run()
+            return await _run(launcher, jobs, lease, options.batch_job)
     finally:
         await store.close()
+
+
+async def _run(launcher: Launcher, jobs: Jobs, lease: leases.Lease, batch_job: int | None) -> int:
+    """Run a launcher; in a batch job of ours, leave a last word about how it ended."""
+    code, reason = 1, "it crashed"
+    try:
+        code = await launcher.run()
+        reason = str(launcher.record.pop("reason", ""))
+    except EnsembleError as error:
+        code, reason = error.exit_code, str(error)
+        raise
+    finally:
+        if batch_job is not None:
+            await _leave_word(
+                jobs, batch_job, lease, {"exit_code": code, "reason": reason, **launcher.record}
+            )
+    return code
+
+
+async def _leave_word(
+    jobs: Jobs, batch_job: int, lease: leases.Lease, record: dict[str, object]
+) -> None:
+    try:
+        async with asyncio.timeout(_WORD_S):
+            await jobs.set_record(batch_job, lease.launcher_id, record)
+    except (StoreUnavailableError, TimeoutError) as error:
+        log.get_logger(launcher=lease.launcher_id).warning("record.not_written", error=str(error))
+
+
+async def _end_on_record(jobs: Jobs, batch_job: int) -> float:
+    """Return when a batch job ends whose scheduler cannot tell: as it was asked for, from now on."""
+    return runtime.epoch_s() + 60.0 * (await jobs.get(batch_job)).wall_time_minutes
 
 
 MakeRunner = Callable[[Post, Spawn], Runner]
@@ -131,6 +174,7 @@ def _make_mpi(
         readers=readers,
         grace_s=settings.grace_s,
         error_tail_lines=settings.error_tail_lines,
+        scheduler=allocation.scheduler,
         scheduler_job_id=allocation.job_id,
         admit=_Turnstile(settings.launches_per_s).admit,
     )
@@ -202,7 +246,8 @@ def _time_left(
     if options.time_limit_minutes is not None:
         ends.append(60 * options.time_limit_minutes)
     if allocation.ends_at is not None:
-        ends.append(allocation.ends_at - runtime.epoch_s() - settings.margin_s)
+        left_s = allocation.ends_at - runtime.epoch_s()
+        ends.append(left_s - min(settings.margin_s, max(left_s, 0.0) * _SHORT))
     return min(ends, default=None)
 
 
@@ -214,7 +259,9 @@ def _policy(
 ) -> Policy:
     return Policy(
         deadline=None if left_s is None else runtime.boottime_s() + left_s,
-        min_useful_s=settings.min_useful_s,
+        min_useful_s=settings.min_useful_s
+        if allocation.ends_at is None or left_s is None
+        else min(settings.min_useful_s, max(left_s, 0.0) * _SHORT),
         idle_timeout_s=settings.idle_timeout_s
         if options.idle_timeout_s is None
         else options.idle_timeout_s,
@@ -248,6 +295,7 @@ def _introduce(
         node_cores=max(node.cores for node in allocation.nodes),
         node_gpus=max(node.gpus for node in allocation.nodes),
         linger_s=linger_s,
+        batch_job_id=options.batch_job,
     )
 
 

@@ -11,9 +11,11 @@ and then the guard ends what ran. The database may be away for as long as the le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
 from ensemble import log
@@ -52,7 +54,7 @@ from ensemble.core.model import Claim, End, JobMode, Node, Outcome, Room, SlotRo
 from ensemble.core.store import Store
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.errors import LaunchError, LeaseLostError, OutcomeUnknownError, StoreUnavailableError
-from ensemble.service import runtime
+from ensemble.service import runtime, spool
 from ensemble.service.reaper import reap
 from ensemble.service.recorder import Recorder
 from ensemble.service.runner import Post, Runner, Spawn
@@ -97,6 +99,7 @@ class Launcher:
         job_mode: JobMode,
         make_runner: Callable[[Post, Spawn], Runner],
         guard: GuardLink | None,
+        spools: Path,
     ) -> None:
         self._store = store
         self._lease = lease
@@ -106,6 +109,7 @@ class Launcher:
         self._policy = policy
         self._wf_filter = wf_filter
         self._guard = guard
+        self._spools = spools
         self._log = log.get_logger(launcher=lease.launcher_id)
         self._group = asyncio.TaskGroup()
         self._workers: set[asyncio.Task[None]] = set()
@@ -122,12 +126,19 @@ class Launcher:
         self._largest = (0, 0)
         #: Why nothing can be run any more.
         self._failure: LaunchError | None = None
+        #: How it ended and what it did: the last word of a batch job's launcher.
+        self.record: dict[str, object] = {}
         self._trust = Trust(
             lease, settings, guard, self._log, on_lost=lambda why: self._post(LeaseLost(reason=why))
         )
         self._last_signal = -math.inf
         #: What bounds the wait for the last answers, once nothing runs any more.
         self._patience: asyncio.Timeout | None = None
+        self._is_settled = asyncio.Event()
+        #: Where the reports are that have no answer; or why they could not be written.
+        self._spool: Path | None = None
+        self._spool_error = ""
+        self._is_warned = False
         now = runtime.boottime_s()
         self._dispatcher = Dispatcher(self._runner.plan(), policy, now=now)
         self._tally = Tally(nodes=len(nodes), now=now)
@@ -149,7 +160,9 @@ class Launcher:
             await closing
             for worker in [*loops, *self._workers]:
                 worker.cancel()
-        self._log.info("launcher.ended", **self._tally.summary())
+        summary = self._tally.summary()
+        self.record |= {"reason": leave.reason, **summary}
+        self._log.info("launcher.ended", **summary)
         if self._failure is not None:
             raise self._failure
         return 0 if is_closed else 1
@@ -359,7 +372,7 @@ class Launcher:
         while True:
             await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
             try:
-                await self._try(reap(self._store, own_lease=self._lease.id))
+                await self._try(reap(self._store, self._spools, own_lease=self._lease.id))
             except (OSError, RuntimeError) as error:  # for want of file descriptors or threads
                 self._log.warning("reap.failed", error=str(error))
 
@@ -383,7 +396,20 @@ class Launcher:
             self._last_signal = now
             self._post(DrainAsked(reason=f"received {name}"))
             if self._patience is not None and not self._patience.expired():
-                self._patience.reschedule(asyncio.get_running_loop().time() + TICK_S)
+                self._hurry(self._patience)
+
+    def _hurry(self, patience: asyncio.Timeout) -> None:
+        """End the wait for the last answers: at the first asking only if nothing is lost by that."""
+        if self._spool_error and not self._is_warned:
+            self._is_warned = True
+            self._log.error(
+                "launcher.staying",
+                reports=self._recorder.waiting,
+                error=self._spool_error,
+                hint="only this process has these reports: signal it again to lose them",
+            )
+        else:
+            patience.reschedule(asyncio.get_running_loop().time() + TICK_S)
 
     # ------------------------------------------------------------------ the end
 
@@ -398,28 +424,74 @@ class Launcher:
             return
         for why, tasks in (found or {}).items():
             self._log.warning("tasks.left_alone", tasks=tasks, why=_UNFIT[why])
+        if found:
+            self.record["left_alone"] = {_UNFIT[why]: tasks for why, tasks in found.items()}
 
     async def _settle(self, leave: Leave) -> bool:
         """Wait until every report has its answer, then close the lease; return whether it is closed.
 
-        That is tried for as long as the allocation lasts; then the guard tries, and then reapers.
+        That is tried for as long as the allocation lasts; what has no answer for long is written to a spool meanwhile,
+        for whoever reaps the lease.
         """
         patience_s = 5.0 if leave.is_lost else None
         if patience_s is None and self._policy.deadline is not None:
             left_s = self._policy.deadline - runtime.boottime_s()
             patience_s = max(left_s + self._settings.margin_s / 2, 10.0)
+        keeping = None if leave.is_lost else self._group.create_task(self._keep(leave.reason))
         try:
             async with asyncio.timeout(patience_s) as self._patience:
                 await self._recorder.flush()
                 if not leave.is_lost:
                     await self._close(leave.reason)
         except TimeoutError:
-            what = "reports.not_written" if self._recorder.waiting else "lease.not_closed"
-            self._log.error(what, reports=self._recorder.waiting)
-            return False
+            is_answered = False
+        else:
+            is_answered = True
         finally:
             self._patience = None
-        return not leave.is_lost
+            self._is_settled.set()
+        if keeping is not None:
+            await keeping
+        if not is_answered:
+            await self._tell_unanswered(leave)
+        elif self._spool is not None:
+            with contextlib.suppress(OSError):
+                self._spool.unlink()
+        return is_answered and not leave.is_lost
+
+    async def _keep(self, reason: str) -> None:
+        """Write a spool when the answers take long: whoever kills a launcher that waits, loses nothing."""
+        wait_s = TICK_S
+        while self._spool is None and not await _rung(self._is_settled, wait_s):
+            await self._write_spool(reason)
+            wait_s = 5 * TICK_S
+
+    async def _write_spool(self, reason: str) -> None:
+        starts, ends = self._recorder.unanswered
+        head = spool.Head(
+            mark=self._lease.mark,
+            lease_id=self._lease.id,
+            launcher_id=self._lease.launcher_id,
+            reason=reason,
+        )
+        try:
+            self._spool = await asyncio.to_thread(
+                spool.write, self._spools, head, starts, ends, now=runtime.utc_now()
+            )
+        except (OSError, RuntimeError) as error:  # a full disk; for want of threads
+            self._spool_error = str(error)
+            self._log.error("spool.not_written", reports=len(ends), error=str(error))
+        else:
+            self._spool_error = ""
+
+    async def _tell_unanswered(self, leave: Leave) -> None:
+        if self._spool is None and not leave.is_lost:
+            await self._write_spool(leave.reason)
+        self._log.error(
+            "reports.not_written" if self._recorder.waiting else "lease.not_closed",
+            reports=self._recorder.waiting,
+            spool=None if self._spool is None else str(self._spool),
+        )
 
     async def _close(self, reason: str) -> None:
         """Close the lease, however often it takes, and let the guard go."""
@@ -437,11 +509,13 @@ class Launcher:
         await self._try(self._store.ring())
 
 
-async def _rung(bell: asyncio.Event, at_most_s: float) -> None:
-    """Wait for a ring, or for the safety net."""
+async def _rung(bell: asyncio.Event, at_most_s: float) -> bool:
+    """Wait for a ring, or for the safety net; tell whether it rang."""
     try:
         async with asyncio.timeout(at_most_s):
             await bell.wait()
     except TimeoutError:
         pass
+    rang = bell.is_set()
     bell.clear()
+    return rang

@@ -24,4 +24,6 @@ class LaunchOptions:
     idle_timeout_s: float | None = None
     #: Stay when there is nothing to do.
     is_persistent: bool = False
+    #: The batch job that this launcher was submitted as.
+    batch_job: int | None = None
     debug: bool = False

@@ -22,7 +22,7 @@ class Base:
     """What pilots need to know of their launcher."""
 
     site: Path
-    #: Where the link file and the output of mpirun go.
+    #: Where the link file, the roll and the output of mpirun go.
     run_directory: Path
     marker_prefix: str
     #: The launcher's own environment, without what an outer MPI launch put there.
@@ -97,7 +97,7 @@ def start_mpirun(base: Base, number: int, nodes: Sequence[Node], log: Path) -> p
     """
     program = guard_argv(
         pilot.pilot_argv(base.link_path, number, len(nodes)),
-        on_loss=pilot.gone_argv(base.link_path, number),
+        on_loss=pilot.gone_argv(base.link_path, base.marker_prefix, number),
         is_exit_zero=True,
     )
     hostfile = None

@@ -42,8 +42,9 @@ from ensemble.core.wire import (
     Run,
     Work,
 )
-from ensemble.drivers import linkfile, output, process, sweep
+from ensemble.drivers import linkfile, output, process, roll, sweep
 from ensemble.drivers.link import Connection, LinkServer
+from ensemble.drivers.roll import Roll
 from ensemble.errors import LaunchError, WireError
 from ensemble.service import runtime
 from ensemble.service.pilotbase import Base, start_mpirun, welcome
@@ -115,6 +116,15 @@ class _Launch:
     is_noted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Joining:
+    """A pilot that gets work as soon as it is on the roll."""
+
+    pilot: _Pilot
+    connection: Connection
+    event: PilotJoined
+
+
 class Pilots:
     """The pilots of one launcher."""
 
@@ -144,6 +154,10 @@ class Pilots:
         self._server = LinkServer(
             on_message=self._on_message, on_lost=self._on_lost, spawn=spawn, log=log
         )
+        self._roll: Roll | None = None
+        #: Lines for the roll, and who waits for them to be there.
+        self._unwritten: list[tuple[str, _Joining | None]] = []
+        self._is_writing = False
         self._is_closing = False
         self._beat_s = min(_BEAT_S, base.patience_s / 4)
         #: Why not one pilot is left, or ever was.
@@ -300,14 +314,40 @@ class Pilots:
             gpus=len(share.gpus),
             is_virtual=pilot_.node.is_virtual,
         )
-        self._post(
-            PilotJoined(
-                node=pilot_.node,
-                cores=tuple(tuple(core) for core in cores),
-                gpus=tuple(share.gpus),
-                memory_mb=share.memory_mb,
-            )
+        event = PilotJoined(
+            node=pilot_.node,
+            cores=tuple(tuple(core) for core in cores),
+            gpus=tuple(share.gpus),
+            memory_mb=share.memory_mb,
         )
+        self._put_down(roll.joined(hello.launch, hello.rank), _Joining(pilot_, connection, event))
+
+    def _put_down(self, line: str, joining: _Joining | None = None) -> None:
+        """Put a line on the roll, soon; whoever joins gets no work before it is there."""
+        self._unwritten.append((line, joining))
+        if not self._is_writing:
+            self._is_writing = True
+            self._spawn(self._write_roll())
+
+    async def _write_roll(self) -> None:
+        """Write what has come together; in a thread, as file systems hang."""
+        assert self._roll is not None
+        while self._unwritten and not self._is_closing:
+            lines, self._unwritten = self._unwritten, []
+            problem = None
+            try:
+                await asyncio.to_thread(self._roll.write, [line for line, _ in lines])
+            except OSError as error:
+                problem = f"cannot write the roll in {self._base.run_directory}: {error.strerror}"
+                self._log.error("roll.not_written", error=problem)
+            for joining in (each for _, each in lines if each is not None):
+                if joining.pilot.connection is not joining.connection:
+                    continue  # it was lost meanwhile
+                if problem is None:
+                    self._post(joining.event)
+                else:
+                    joining.connection.abort()
+        self._is_writing = False
 
     def _find(self, hello: Hello) -> _Pilot | None:
         """Return the node that a pilot is on: by its host's name, else by its rank in the host list."""
@@ -368,6 +408,7 @@ class Pilots:
             self._post(PilotSilent(node=pilot_.node.name))
         if not pilot_.is_up:
             return
+        self._put_down(roll.gone(pilot_.launch, pilot_.rank))
         pilot_.is_up, pilot_.silent_until = False, None
         pilot_.run, pilot_.recall, pilot_.kill, pilot_.force = [], [], [], []
         self._has_lost = True
@@ -462,7 +503,7 @@ class Pilots:
         addresses = ("127.0.0.1",) if is_virtual else linkfile.addresses_of_this_host()
         link = linkfile.make(addresses, port, len(self._pilots), launcher_id=self._base.launcher_id)
         self._server.context = link.server_context()
-        self._base.run_directory.mkdir(parents=True, exist_ok=True)
+        self._roll = Roll(self._base.run_directory, self._base.marker_prefix)
         link.write(self._base.link_path)
 
     async def _start(self, pilots: Sequence[_Pilot]) -> None:
@@ -511,7 +552,7 @@ class Pilots:
         self._look_for_any()
 
     async def close(self) -> None:
-        """Let the pilots go, end what does not, and take the link away."""
+        """Let the pilots go, end what does not, and take the link and the roll away."""
         self._is_closing = True
         for pilot_ in self._pilots:
             if pilot_.connection is not None:
@@ -529,6 +570,8 @@ class Pilots:
             await process.end_tree(launch.process, grace_s=0)
         self._server.close()
         self._base.link_path.unlink(missing_ok=True)
+        if self._roll is not None:
+            roll.remove(self._base.run_directory)
 
 
 def _short(name: str) -> str:

@@ -2,29 +2,58 @@
 
 Evidence, not silence, ends a lease early: on the launcher's own host, another boot, or neither its
 process nor its guard's. What such a launcher left running here is killed first. Without evidence a
-lease ends after its whole time of silence, or with its batch job; the store sees to both.
+lease ends after its whole time of silence, or with its batch job; the store sees to both. What a launcher could not
+report before it left is in its spool: that is read before its lease is closed. Pilots may outlive their launcher on
+other hosts: its lease is closed at once where its roll says that all of them are gone (drivers/roll.py), else it lingers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from pathlib import Path
 
 from ensemble.core.leases import Reaping
 from ensemble.core.model import LauncherIdentity
 from ensemble.core.store import Store
-from ensemble.drivers import process, sweep
+from ensemble.drivers import process, roll, sweep
 from ensemble.log import get_logger
+from ensemble.service import runtime, spool
+
+#: How long a launcher's guard waits for word of the pilots, and how often it looks.
+_GONE_S = 3.0
+_LOOK_S = 0.05
 
 
-async def reap(store: Store, *, own_lease: int | None = None) -> int:
+async def reap(store: Store, spools: Path | None = None, *, own_lease: int | None = None) -> int:
     """Close leases on evidence or after their time, and release their tasks; return how many tasks.
 
     Args:
+        spools: Where the site keeps them; None is out of sight.
         own_lease: The caller's own, which it will not find dead.
     """
     log = get_logger()
     reaping = Reaping(store.pool)
+    dead, spare = await _find_dead(reaping, own_lease)
+    # Now, as no spool of the dead can come any more.
+    busy = await spool.replay(store, spools, spare=spare) if spools is not None else set()
+    for lease_id in dead.keys() - busy:
+        if await _bury(reaping, lease_id, spools, state="EXPIRED", evidence=dead[lease_id]):
+            log.warning("lease.reaped", lease=lease_id, evidence=dead[lease_id])
+    for lease_id in [] if busy else await reaping.expire():
+        log.warning("lease.reaped", lease=lease_id, evidence="silence or its batch job's end")
+    released = await reaping.release()
+    if released:
+        log.info("tasks.released", tasks=released)
+        await store.ring()
+    return released
+
+
+async def _find_dead(reaping: Reaping, own_lease: int | None) -> tuple[dict[int, str], set[int]]:
+    """Return the leases of this host's dead launchers with the evidence, and those that are to be left alone."""
     me = process.identity()
+    dead: dict[int, str] = {}
+    spare = set() if own_lease is None else {own_lease}
     for lease_id, other in (await reaping.local_leases(me.host)).items():
         evidence = None if lease_id == own_lease else find_evidence(other, me)
         if evidence is None:
@@ -33,17 +62,76 @@ async def reap(store: Store, *, own_lease: int | None = None) -> int:
             marker = sweep.marker_prefix(lease_id, other)
             left = (await asyncio.to_thread(sweep.sweep_token, marker)).left
             if left:
-                log.warning("lease.survivors_left", lease=lease_id, pids=left)
+                get_logger().warning("lease.survivors_left", lease=lease_id, pids=left)
+                spare.add(lease_id)
                 continue
-        if await reaping.bury(lease_id, state="EXPIRED", evidence=evidence):
-            log.warning("lease.reaped", lease=lease_id, evidence=evidence)
-    for lease_id in await reaping.expire():
-        log.warning("lease.reaped", lease=lease_id, evidence="silence or its batch job's end")
-    released = await reaping.release()
-    if released:
-        log.info("tasks.released", tasks=released)
-        await store.ring()
-    return released
+        dead[lease_id] = evidence
+    return dead, spare
+
+
+async def release(store: Store, spools: Path, lease_id: int) -> None:
+    """Close the lease of a launcher that is gone and left nothing running, as its guard knows."""
+    reaping = Reaping(store.pool)
+    if lease_id not in await spool.replay(store, spools):
+        evidence = "released by its guard"
+        await _bury(reaping, lease_id, spools, state="RELEASED", evidence=evidence, wait_s=_GONE_S)
+    await reaping.release()
+    await store.ring()
+
+
+async def _bury(
+    reaping: Reaping,
+    lease_id: int,
+    spools: Path | None,
+    *,
+    state: str,
+    evidence: str,
+    wait_s: float = 0.0,
+) -> bool:
+    """Close the lease of a launcher of this host that is certainly gone, and remove its link; tell whether it is closed.
+
+    Args:
+        wait_s: How long to wait for word that its pilots on other hosts are gone, too.
+    """
+    _, launcher_id = await reaping.find_launcher(lease_id)
+    run_directory = None if spools is None else spools.parent / f"launcher-{launcher_id}"
+    if run_directory is not None:
+        with contextlib.suppress(OSError):
+            (run_directory / "link.json").unlink()  # nobody will answer there any more
+    is_closed = await reaping.bury(lease_id, state=state, evidence=evidence)
+    if run_directory is None:
+        return is_closed
+    marker = None if is_closed else await _find_marker(reaping, lease_id)
+    if marker is not None:
+        left = await _wait_for_pilots(run_directory, marker, wait_s)
+        if left == 0:
+            is_closed = await reaping.bury(
+                lease_id, state=state, evidence=evidence, has_no_pilots=True
+            )
+        elif wait_s:
+            get_logger().warning("lease.lingers", lease=lease_id, pilots=left or "unknown")
+    if is_closed:
+        await asyncio.to_thread(roll.remove, run_directory)
+    return is_closed
+
+
+async def _find_marker(reaping: Reaping, lease_id: int) -> str | None:
+    """Return what tells the launcher of a live lease from others; None where its roll proves nothing here."""
+    me = process.identity()
+    other = (await reaping.local_leases(me.host)).get(lease_id)
+    if other is None or (other.machine_id, other.boot_id) != (me.machine_id, me.boot_id):
+        return None
+    return sweep.marker_prefix(lease_id, other)
+
+
+async def _wait_for_pilots(run_directory: Path, marker: str, wait_s: float) -> int | None:
+    """Wait until all pilots of a launcher are gone; return how many are left, None where nobody knows."""
+    end = runtime.boottime_s() + wait_s
+    while True:
+        left = await asyncio.to_thread(roll.count_left, run_directory, marker)
+        if not left or runtime.boottime_s() >= end:
+            return left
+        await asyncio.sleep(_LOOK_S)
 
 
 def find_evidence(other: LauncherIdentity, me: LauncherIdentity) -> str | None:

@@ -56,6 +56,11 @@ class Recorder:
         """How many reports have no answer yet."""
         return len(self._starts) + len(self._ends)
 
+    @property
+    def unanswered(self) -> tuple[list[Start], list[End]]:
+        """The reports that have no answer yet, for a spool."""
+        return list(self._starts.values()), list(self._ends.values())
+
     def add_start(self, start: Start) -> None:
         """Report a start, soon."""
         self._starts[start.id, start.attempt] = start

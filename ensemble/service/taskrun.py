@@ -13,10 +13,23 @@ from typing import TypeVar, assert_never
 
 from ensemble.core.events import CouldNotStart, Ended, Skipped, Started
 from ensemble.core.model import Claim, Output, Placement
-from ensemble.drivers import mpi, mpiline, output as outputs, process, spawn, taskenv
+from ensemble.drivers import (
+    mpi,
+    mpiline,
+    output as outputs,
+    process,
+    proctree,
+    spawn,
+    taskenv,
+)
 from ensemble.drivers.output import Tail
 from ensemble.errors import LaunchError
 from ensemble.service.runtime import utc_now
+
+#: How long to wait, each time, before a task is launched again whose step Slurm would not make.
+_AGAIN_S = (2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0, 30.0, 30.0)
+#: How often to look whether an MPI launcher waits for nothing.
+_LOOK_S = 5.0
 
 T = TypeVar("T")
 Post = Callable[[Started | CouldNotStart | Skipped | Ended], None]
@@ -59,6 +72,7 @@ class Ground:
     readers: Executor
     grace_s: float
     error_tail_lines: int
+    scheduler: str
     scheduler_job_id: str | None
     #: Waits for a place among the launches under way.
     admit: Callable[[], Awaitable[None]]
@@ -67,29 +81,68 @@ class Ground:
 async def run_task(
     claim: Claim, placement: Placement, handle: Handle, ground: Ground, post: Post
 ) -> None:
-    """Launch a task, wait for it, sweep what it left, and post what happened."""
-    loop = asyncio.get_running_loop()
-    output: Path | Tail | None = None
+    """Launch a task, wait for it, sweep what it left, and post what happened.
+
+    When Slurm would not make its step, it is launched again, later each time.
+    """
     try:
         env = await _prepare(claim, placement, handle, ground)
         if env is None or handle.is_ending():
             post(Skipped(id=claim.id, attempt=claim.attempt, at=utc_now()))
             return
         argv = command_line(claim, placement, ground, env)
-        output = _destination(claim, ground)
-        start = partial(spawn.start, argv, env=env, cwd=ground.site / claim.workdir, output=output)
-        handle.process = await loop.run_in_executor(ground.executor, start)
+        output = await _start(claim, argv, env, handle, ground)
     except LaunchError as error:
-        _close(output)
         post(CouldNotStart(id=claim.id, attempt=claim.attempt, at=utc_now(), reason=str(error)))
         return
     post(Started(id=claim.id, attempt=claim.attempt, at=utc_now()))
+    ended = await _outlast(claim, argv, handle, ground, output)
+    for delay_s in _AGAIN_S:
+        if not _was_turned_away(argv, claim, ground, ended):
+            break
+        await unless_ending(handle, partial(asyncio.sleep, delay_s))
+        if handle.is_ending():
+            break
+        try:
+            await _forget(output, ground)
+            output = await _start(claim, argv, env, handle, ground)
+        except LaunchError:
+            break  # what there is to tell, is told by the launch before
+        ended = await _outlast(claim, argv, handle, ground, output)
+    post(ended)
+
+
+async def _start(
+    claim: Claim, argv: list[str], env: Mapping[str, str], handle: Handle, ground: Ground
+) -> Path | Tail | None:
+    """Make a task's process; return where its output goes.
+
+    Raises:
+        LaunchError: It could not be made.
+    """
+    output = _destination(claim, ground)
+    start = partial(spawn.start, argv, env=env, cwd=ground.site / claim.workdir, output=output)
+    try:
+        loop = asyncio.get_running_loop()
+        handle.process = await loop.run_in_executor(ground.executor, start)
+    except LaunchError:
+        _close(output)
+        raise
+    return output
+
+
+async def _outlast(
+    claim: Claim, argv: list[str], handle: Handle, ground: Ground, output: Path | Tail | None
+) -> Ended:
+    """Wait until nothing of a task's process is left; return how it ended."""
+    running = handle.process
+    assert running is not None
     if handle.is_ending():  # asked for while the process was being made
         await terminate(claim, handle, ground, is_forced=False)
-    result = await handle.process.wait()
+    result = await _wait(running, argv, claim, ground)
     at, was_signalled = utc_now(), handle.was_signalled
     # What is being killed has its grace from `terminate`, also after its root has gone.
-    await process.sweep(handle.process, grace_s=0 if handle.is_forced else ground.grace_s)
+    await process.sweep(running, grace_s=0 if handle.is_forced else ground.grace_s)
     # A status that somebody else reaped is unknown: a failure, as it cannot be called a success.
     status = 255 if result.status is None else result.status
     kept = _close(output)
@@ -97,18 +150,55 @@ async def run_task(
     if status != 0:
         error_text = await _last_lines(output, kept, ground)
         start_error = _start_error(claim, argv, ground, status, error_text or "")
-    post(
-        Ended(
-            id=claim.id,
-            attempt=claim.attempt,
-            at=at,
-            status=status,
-            was_signalled=was_signalled,
-            start_error=start_error,
-            error=error_text,
-            output=kept,
-        )
+    return Ended(
+        id=claim.id,
+        attempt=claim.attempt,
+        at=at,
+        status=status,
+        was_signalled=was_signalled,
+        start_error=start_error,
+        error=error_text,
+        output=kept,
     )
+
+
+async def _wait(
+    running: process.Process, argv: list[str], claim: Claim, ground: Ground
+) -> process.Exit:
+    """Wait for a process's end; end an MPI launcher that waits for nothing any more."""
+    may_hang = ground.scheduler == "slurm" and _is_launched(argv, claim, ground, mpi.may_hang)
+    is_childless = False
+    while may_hang:
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                return await running.wait()
+        except TimeoutError:
+            was_childless, is_childless = is_childless, not proctree.list_children(running.pid)
+            if was_childless and is_childless:
+                await process.end_tree(running, grace_s=0)
+                break
+    return await running.wait()
+
+
+def _is_launched(
+    argv: list[str], claim: Claim, ground: Ground, is_such: Callable[[mpi.Flavor], bool]
+) -> bool:
+    """Tell whether a task was started by an MPI launcher, and by one of a kind."""
+    return ground.mpi is not None and argv != list(claim.argv) and is_such(ground.mpi.flavor)
+
+
+def _was_turned_away(argv: list[str], claim: Claim, ground: Ground, ended: Ended) -> bool:
+    text = ended.error or ""
+    return _is_launched(
+        argv, claim, ground, lambda flavor: mpi.was_turned_away(flavor, ended.status, text)
+    )
+
+
+async def _forget(output: Path | Tail | None, ground: Ground) -> None:
+    """Remove the output of a launch that was turned away: not one line of it is the task's."""
+    if isinstance(output, Path):
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(ground.readers, partial(output.unlink, missing_ok=True))
 
 
 async def _prepare(
@@ -264,6 +354,8 @@ def _start_error(
     """Tell whether it was the MPI launcher that could not start the program."""
     if ground.mpi is None or argv == list(claim.argv):
         return None
+    if mpi.was_turned_away(ground.mpi.flavor, status, text):
+        return f"Slurm would not start {claim.argv[0]}"
     if mpi.failed_to_start(ground.mpi.flavor, status, text):
         return f"{ground.mpi.command[0]} could not start {claim.argv[0]}"
     return None

@@ -20,8 +20,9 @@ MARKED = re.compile(
     r"^<!-- test: readme(?: file=(?P<file>\S+))? -->\n```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-TIMEOUT_S = 60
+TIMEOUT_S = 110
 SITE = "sweep"
+BATCH_SITE = "batch"
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ def end_group(process: subprocess.Popen[str]) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    if (tmp_path / SITE / "ensemble.toml").exists():
-        subprocess.run(
-            [sys.executable, "-m", "ensemble", "--site", str(tmp_path / SITE), "db", "stop"],
-            stdout=subprocess.DEVNULL,
-            timeout=30,
-            check=True,
-        )
+    for site in (tmp_path / SITE, tmp_path / BATCH_SITE):
+        if (site / "ensemble.toml").exists():
+            subprocess.run(
+                [sys.executable, "-m", "ensemble", "--site", str(site), "db", "stop"],
+                stdout=subprocess.DEVNULL,
+                timeout=30,
+                check=True,
+            )
     shutil.rmtree(tmp_path)
 
 
@@ -107,11 +109,9 @@ def test_the_commands_of_the_readme_do_what_it_says(folder):
     assert shell.returncode == 0, (out, err)
     assert "Traceback" not in err
     lines = out.splitlines()
-    assert [line for line in lines if line.isdecimal()] == [
-        "1",
-        "2",
-        "3",
-    ]  # the ids that add prints
+    # The ids that add prints, in the one site and in the other.
+    assert [line for line in lines if line.isdecimal()] == ["1", "2", "3", "1"]
+    assert "from a batch job" in lines
     assert sum(line.startswith("time for 1 loops = ") for line in lines) == 1  # ensemble log 2
     assert re.search(r"^state +JOB_FINISHED, attempt 1$", out, re.MULTILINE)  # ensemble show 3
     squares = [line.split() for line in lines if re.fullmatch(r"\d+ JOB_FINISHED \d+", line)]

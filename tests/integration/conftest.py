@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,6 +17,7 @@ from ensemble.core.database import Address, connect
 from ensemble.core.store import Store
 from ensemble.site import OWNER, Site
 from tests.integration.launching import Ensemble
+from tests.integration.serving import Serving
 from tests.integration.storing import Desk
 
 
@@ -34,6 +36,20 @@ async def ens(site: Site, store: Store, eventually: Callable[..., Any]) -> Async
             os.kill(pid, signal.SIGKILL)
     assert running == [], f"a launcher was left running:\n{running[0].log}"
     assert left == [], "processes of tasks were left"
+    assert await store.check() == []
+
+
+@pytest.fixture
+async def serving(
+    site: Site, store: Store, tmp_path: Path, eventually: Callable[..., Any]
+) -> AsyncIterator[Serving]:
+    """An empty store and a site to serve; afterwards nothing runs, nothing was submitted twice, the books are right."""
+    made = Serving(site, store, tmp_path, eventually)
+    try:
+        yield made
+    finally:
+        await made.close()
+    made.fake.check()
     assert await store.check() == []
 
 

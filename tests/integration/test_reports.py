@@ -181,3 +181,38 @@ async def test_every_verdict_in_one_batch(desk, psql):
         "FAILED",
         "RUNNING",
     ]
+
+
+@pytest.mark.parametrize("is_drained", [False, True])
+async def test_what_ran_and_is_given_back_is_busy_while_its_child_is_locked(desk, psql, is_drained):
+    """It fails, and its child with it: that waited for the lock, and the whole batch with it."""
+    lease = await desk.register()
+    parent = await desk.add_one(max_losses=0, max_timeouts=0)
+    [claim] = await desk.begin(lease)
+    child = await desk.add_one(parents=[parent])
+    if is_drained:
+        await lease.drain("the allocation ends")
+    async with psql.transaction(), asyncio.timeout(5):
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", child)
+        assert await desk.end(lease, claim, Outcome.GIVEN_BACK) is Verdict.BUSY
+    assert await desk.end(lease, claim, Outcome.GIVEN_BACK) is Verdict.APPLIED
+    assert set((await desk.states()).values()) == {"FAILED"}
+
+
+@pytest.mark.parametrize("how", ["runs", "drained", "killed"])
+async def test_what_ran_is_on_record_as_lost_or_killed_though_it_was_given_back(desk, how):
+    lease = await desk.register()
+    task = await desk.add_one(max_losses=0)
+    [claim] = await desk.begin(lease)
+    if how == "drained":
+        await lease.drain("the allocation ends")
+    elif how == "killed":
+        await desk.store.kill([task])
+    await desk.end(lease, claim, Outcome.GIVEN_BACK)
+    found = await desk.detail(task)
+    wanted = {
+        "runs": ("FAILED", Cause.LAUNCHER_LOST, Outcome.LOST),
+        "drained": ("RESTART_READY", Cause.ALLOCATION_ENDED, Outcome.LOST),
+        "killed": ("USER_KILLED", Cause.KILLED_BY_USER, Outcome.KILLED),
+    }
+    assert (found.task.state, found.task.cause, found.attempts[0].outcome) == wanted[how]

@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import pytest
 from ensemble.core.model import Cause, NewApp, NewTask, Outcome, Selector
 from ensemble.core.states import RUNNABLE, State
 from ensemble.drivers import proctree
+from ensemble.service import spool
+from ensemble.service.reaper import reap
 from tests.integration.launching import BOTH_MPI, MPICH, WHEEL, Ensemble, Launched, path_of, sh
 
 pytestmark = WHEEL
@@ -410,6 +414,134 @@ async def test_nothing_survives_a_launcher_that_is_killed_or_stands_still(ens: E
     await left(ens, launched)
     assert [await ens.outcomes(id) for id in ids] == [[Outcome.LOST, Outcome.DONE]] * 2
     await check_attempts(ens)
+
+
+class OtherHosts:
+    """Ranks that are below no process of the launcher's, as on other hosts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        # Ranks go by the environment at once, where MPI does not work at all.
+        (path / "mpi4py").mkdir()
+        (path / "mpi4py" / "__init__.py").write_text("raise ImportError('not today')\n")
+        orders = f"env -0 > {path}/$PMI_RANK.env; printf '%s\\0' \"$@\" > {path}/$PMI_RANK.new"
+        stays = f"{orders}; mv {path}/$PMI_RANK.new {path}/$PMI_RANK.argv; exec sleep 600"
+        words = f'"${{@:1:6}}" sh -c {shlex.quote(stays)} sh "${{@:7}}"'
+        self.mpiexec = wrapper(path / "mpiexec", f"exec {MPICH} {words}")
+        self.variables = {"PYTHONPATH": str(path)}
+
+    def start(self, count: int = 2) -> bool:
+        """Start the ranks, once all of them are to be."""
+        orders = sorted(self._path.glob("*.argv"))
+        if len(orders) < count:
+            return False
+        for order in orders:
+            argv = order.read_bytes().split(b"\0")[:-1]
+            items = order.with_suffix(".env").read_bytes().split(b"\0")[:-1]
+            environ = dict(item.split(b"=", 1) for item in items)
+            self._ranks.append(subprocess.Popen(argv, env=environ, start_new_session=True))
+        return True
+
+    def have_ended(self) -> bool:
+        return all(rank.poll() is not None for rank in self._ranks)
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                for pid in proctree.list_children(rank.pid):
+                    os.kill(pid, signal.SIGKILL)
+                rank.kill()
+            rank.wait()
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Iterator[OtherHosts]:
+    made = OtherHosts(tmp_path)
+    yield made
+    made.close()
+
+
+async def launch_elsewhere(ens: Ensemble, others: OtherHosts) -> Launched:
+    """Start a launcher as in a batch job: its lease lingers, for the pilots that are on other hosts."""
+    launched = ens.launch(
+        "--persistent", mode="serial", variables=others.variables, MPI_COMMAND=others.mpiexec
+    )
+    lease = await ens.leased(launched)
+    linger = "UPDATE lease SET linger = interval '1 hour' WHERE id = $1"
+    await ens.store.pool.execute(linger, lease)
+    await ens.eventually(others.start, within_s=60)
+    await ens.joined(launched)
+    return launched
+
+
+def papers(launched: Launched) -> list[str]:
+    """Return what the launcher keeps for and about its pilots."""
+    names = [path.name for path in launched.run_directory.iterdir()]
+    return sorted(name for name in names if name.startswith(("link", "roll", "gone")))
+
+
+async def test_a_killed_launcher_s_tasks_are_given_back_as_soon_as_all_its_pilots_are_gone(
+    ens: Ensemble, others: OtherHosts
+) -> None:
+    ids = await ens.store.add([sh(ALONE), sh(ALONE)])
+    launched = await launch_elsewhere(ens, others)
+    await running(ens, *ids)
+    assert papers(launched) == ["link.json", "roll"]
+    killed = time.monotonic()
+    os.kill(launched.pid, signal.SIGKILL)
+    await ens.reach(State.RESTART_READY)
+    assert time.monotonic() - killed < 5  # on a loaded machine; its lease would linger for an hour
+    assert ens.processes() == []
+    assert await ens.leave(launched) != 0
+    assert "lease.lingers" not in launched.log
+    await ens.eventually(others.have_ended)
+    assert papers(launched) == []
+    assert {(await ens.task(id)).cause for id in ids} == {Cause.LAUNCHER_LOST}
+    await all_run(ens)
+    await check_attempts(ens)
+
+
+async def test_a_pilot_that_may_live_keeps_its_lost_launcher_s_tasks_until_its_guard_gives_word(
+    ens: Ensemble, others: OtherHosts
+) -> None:
+    ids = await ens.store.add([sh(ALONE), sh(ALONE)])
+    launched = await launch_elsewhere(ens, others)
+    await running(ens, *ids)
+    guard = guard_of(next(iter((await ens.joined(launched)).values())))
+    os.kill(guard, signal.SIGSTOP)
+    os.kill(launched.pid, signal.SIGKILL)
+    await ens.eventually(lambda: launched.guard.poll() is not None)
+    assert "lease.lingers" in launched.log
+    assert "pilots=1" in launched.log
+    spools = spool.folder(ens.site.path)
+    assert await reap(ens.store, spools) == 0
+    assert await ens.states() == [State.RUNNING] * 2
+    assert [name[:4] for name in papers(launched)] == ["gone", "roll"]
+    os.kill(guard, signal.SIGCONT)
+    await ens.eventually(others.have_ended)
+    assert await reap(ens.store, spools) == 2
+    assert await ens.states() == [State.RESTART_READY] * 2
+    assert papers(launched) == []
+    await all_run(ens)
+    await check_attempts(ens)
+
+
+async def test_a_roll_that_was_lost_leaves_the_lease_to_linger(
+    ens: Ensemble, others: OtherHosts
+) -> None:
+    await ens.store.add([sh(ALONE), sh(ALONE)])
+    launched = await launch_elsewhere(ens, others)
+    await ens.reach(State.RUNNING)
+    (launched.run_directory / "roll").unlink()
+    os.kill(launched.pid, signal.SIGKILL)
+    await ens.eventually(others.have_ended)
+    assert await ens.leave(launched) != 0
+    assert "pilots=unknown" in launched.log
+    assert await ens.states() == [State.RUNNING] * 2
+    await ens.store.pool.execute("UPDATE lease SET linger = '0' WHERE state = 'ACTIVE'")
+    assert await reap(ens.store, spool.folder(ens.site.path)) == 2
+    assert papers(launched) == []
 
 
 async def test_a_task_that_kills_every_pilot_it_gets_ends_the_launcher_with_one_error(

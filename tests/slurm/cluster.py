@@ -107,6 +107,34 @@ class Slurm:
             with contextlib.suppress(AssertionError):  # it was not missed meanwhile
                 self.run("scontrol", "update", f"nodename={name}", "state=resume")
 
+    def stop_controller(self, number: int = signal.SIGTERM) -> None:
+        """End slurmctld; by default it saves its state first. Jobs and nodes go on."""
+        self.daemons["slurmctld"].send_signal(number)
+        self.daemons.pop("slurmctld").wait()
+
+    def start_controller(self) -> None:
+        """Start slurmctld with the state that it had; return when it knows its nodes again.
+
+        For the three seconds before that it refuses job steps: "Memory required by task is not available".
+        """
+        self._run_daemon("slurmctld")
+        wait_for(self._has_nodes, within_s=30)
+
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Stop slurmctld for a while."""
+        self.stop_controller()
+        try:
+            yield
+        finally:
+            self.start_controller()
+
+    def _has_nodes(self) -> bool:
+        done = subprocess.run(
+            ["scontrol", "show", "node"], env=self.environ, check=False, capture_output=True
+        )
+        return done.returncode == 0 and b"SlurmdStartTime=None" not in done.stdout
+
     def declare_down(self, name: str) -> None:
         """Tell the controller of a node's loss, which it would notice in some minutes."""
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=test")

@@ -11,7 +11,7 @@ import pytest
 
 from ensemble.core.store import Store
 from ensemble.site import Site
-from tests.slurm.batch import SlurmEnsemble
+from tests.slurm.batch import BatchSite, SlurmEnsemble
 from tests.slurm.cluster import Slurm, find_missing, kill
 
 CONF = Path(__file__).parent.parent / "data" / "slurm.conf.in"
@@ -58,3 +58,13 @@ async def ens(
     kill(set(left))
     assert not left, "processes were left"
     assert await store.check() == []
+
+
+@pytest.fixture
+async def batches(ens: SlurmEnsemble) -> AsyncIterator[BatchSite]:
+    """The site, with this Slurm as its scheduler; afterwards no service is left, and `ens` looks for the rest."""
+    made = BatchSite(ens)
+    try:
+        yield made
+    finally:
+        made.close()

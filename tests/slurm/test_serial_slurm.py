@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from ensemble.core.model import NewTask, Outcome, Output, Selector
+from ensemble.core.leases import Reaping
+from ensemble.core.model import Cause, NewTask, Outcome, Output, Selector
 from ensemble.core.states import State
+from ensemble.service.pilots import KILL_S
 from tests.integration.launching import WHEEL, sh
+from tests.integration.storing import Desk
 from tests.slurm.batch import FOUR_NODES, STUBBORN, Batch, SlurmEnsemble
 from tests.slurm.cluster import NODES, parent_of
 
@@ -155,11 +159,10 @@ async def test_scancel_leaves_nothing_behind(ens: SlurmEnsemble) -> None:
 
 
 async def test_a_launcher_leaves_before_its_job_ends(ens: SlurmEnsemble) -> None:
-    # By the end that Slurm tells, two minutes from the start; and only on the nodes that it was given.
+    # By the end that Slurm tells, a minute from the start; and only on the nodes that it was given.
     await ens.store.add([share("sleep 600", 2) for _ in range(4)])
-    settings = {"LAUNCHER_MARGIN_S": 116}
-    job = ens.batch("--nodes=2", sbatch=(*FOUR_NODES, "-t2"), settings=settings)
-    assert await job.end() == "COMPLETED 0:0", job.log
+    job = ens.batch("--nodes=2", sbatch=(*FOUR_NODES, "-t1"))
+    assert await job.end(within_s=90) == "COMPLETED 0:0", job.log
     assert "the time of the allocation is over" in job.log
     assert await ens.states() == [State.RESTART_READY] * 4
     assert Counter((await ens.nodes_of()).values()) == {"n0": 2, "n1": 2}
@@ -228,3 +231,86 @@ async def test_a_node_that_never_answers_is_done_without(ens: SlurmEnsemble) -> 
         assert await job.end() == "COMPLETED 0:0", job.log
     assert await ens.states() == [State.JOB_FINISHED] * 8
     assert set((await ens.nodes_of()).values()) == {"n0", "n1", "n2"}
+
+
+# ---------------------------------------------------------------------------- a launcher that is lost
+
+
+def launcher_of(job: Batch) -> int:
+    """Return the launcher itself, without its guard."""
+    found = job.processes(" launch --job-mode ")
+    (pid,) = [pid for pid, line in found.items() if "guard.py" not in line]
+    return pid
+
+
+def papers(ens: SlurmEnsemble) -> list[str]:
+    """Return what launchers keep for and about their pilots."""
+    found = [path.name for path in ens.site.path.glob("log/launcher-*/*")]
+    return [name for name in found if name in ("link.json", "roll") or name.startswith("gone-")]
+
+
+async def take_all(ens: SlurmEnsemble, tasks: list[int], *, within_s: float) -> tuple[float, float]:
+    """Claim and finish tasks as another launcher; return when the first one and when the last one was claimed."""
+    desk = Desk(ens.store)
+    lease = await desk.register()
+    taken: list[float] = []
+
+    async def are_taken() -> bool:
+        claims = await desk.claim(lease)
+        if claims:
+            taken.append(time.monotonic())
+            assert not ens.processes(claims[0].id), "an earlier attempt still runs"
+        for claim in claims:
+            await desk.end(lease, claim)
+        return set(await ens.states()) == {State.JOB_FINISHED}
+
+    await ens.eventually(are_taken, within_s=within_s)
+    await lease.close("done")
+    for task in tasks:
+        assert await ens.outcomes(task) == [Outcome.LOST, Outcome.DONE]
+        assert (await ens.store.detail(task)).attempts[0].cause is Cause.LAUNCHER_LOST
+    return taken[0], taken[-1]
+
+
+async def test_a_killed_launcher_s_tasks_are_claimed_by_another_within_two_seconds(
+    ens: SlurmEnsemble,
+) -> None:
+    tasks = await ens.store.add([share(STUBBORN, 2) for _ in range(8)])
+    job = ens.batch("--persistent")
+    await ens.settle(job, State.RUNNING)
+    assert sorted(papers(ens)) == ["link.json", "roll"]
+    killed = time.monotonic()
+    os.kill(launcher_of(job), signal.SIGKILL)
+    _, last = await take_all(ens, tasks, within_s=30)
+    assert last - killed < 2, job.log
+    await job.end()
+    assert "lease.lingers" not in job.log
+    assert papers(ens) == []
+
+
+async def test_a_killed_launcher_s_lease_lingers_where_a_pilot_s_guard_was_killed_too(
+    ens: SlurmEnsemble,
+) -> None:
+    tasks = await ens.store.add([share(STUBBORN, 2) for _ in range(8)])
+    job = ens.batch("--persistent", settings=HASTY)
+    await ens.settle(job, State.RUNNING)
+    launcher = launcher_of(job)
+    os.kill(launcher, signal.SIGSTOP)  # nobody is to hear what the pilot says without its guard
+    (guard,) = job.guards("n2")
+    os.kill(guard, signal.SIGKILL)
+    killed = time.monotonic()
+    os.kill(launcher, signal.SIGKILL)
+    await job.until("lease.lingers")
+    assert "pilots=1" in job.log
+    assert set(await ens.states()) == {State.RUNNING}
+    reaping = Reaping(ens.store.pool)
+
+    async def is_expired() -> bool:
+        return bool(await reaping.expire())
+
+    await ens.eventually(is_expired, within_s=30)
+    assert time.monotonic() - killed >= HASTY["LAUNCHER_PILOT_PATIENCE_S"] + KILL_S
+    await reaping.release()
+    await take_all(ens, tasks, within_s=5)
+    await job.end()
+    assert "link.json" not in papers(ens)
