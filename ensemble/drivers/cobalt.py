@@ -11,15 +11,13 @@ What it wants: a script that is executable. Directives are `#COBALT -n 4 -t 60`,
 from __future__ import annotations
 
 import calendar
-import os
-import pwd
 import re
 import time
 from collections.abc import Sequence
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, user_name
 from ensemble.drivers.walltime import parse_duration
 from ensemble.errors import SchedulerError, Trouble
 
@@ -75,7 +73,7 @@ def parse_submit(answer: Completed) -> str:
 
 def status_argv(_: Sequence[str]) -> list[str]:
     """List all jobs of this user; an unknown id among those asked for would hide the others."""
-    return ["qstat", "--header", ":".join(COLUMNS), "-u", _user()]
+    return ["qstat", "--header", ":".join(COLUMNS), "-u", user_name()]
 
 
 def parse_status(answer: Completed) -> list[Seen]:
@@ -128,13 +126,6 @@ def _parse_time(text: str) -> float | None:
 
 def _no_listing(answer: Completed) -> SchedulerError:
     return fail("cobalt", (*TROUBLES, ("", Trouble.RETRY)), "list jobs", answer)
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container without an account
-        return os.environ.get("USER") or str(os.getuid())
 
 
 COBALT = Scheduler(

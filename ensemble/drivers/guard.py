@@ -167,9 +167,12 @@ class Guard:
             if time.monotonic() > end:
                 self.stuck = sorted(pid for pid, _ in list_below())
                 break
-            for pid, parent in list_below():
-                kill(pid, parent)
-                seen.add(pid)
+            # Stopped first: srun has a companion that has Slurm kill the whole step, guards and all, when srun is missed.
+            below = list_below()
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid, parent in below:
+                    kill(pid, parent, number)
+            seen.update(pid for pid, _ in below)
             poll.poll(50)
             read(self.wakeups)
         self.killed = len(seen - {self.child})
@@ -237,16 +240,16 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def kill(pid: int, parent: int) -> None:
-    """Kill a process found below; a grandchild through a handle, as its number may have passed to another."""
+def kill(pid: int, parent: int, number: int) -> None:
+    """Signal a process found below; a grandchild through a handle, as its number may have passed to another."""
     with contextlib.suppress(OSError, AttributeError):
         if parent == os.getpid():
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
             return
         fd = os.pidfd_open(pid)
         try:
             if parent_of(pid) in (parent, os.getpid()):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                signal.pidfd_send_signal(fd, number)
         finally:
             os.close(fd)
 

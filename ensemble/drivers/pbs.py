@@ -12,7 +12,6 @@ from __future__ import annotations
 import calendar
 import json
 import os
-import pwd
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, user_name
 from ensemble.drivers.walltime import parse_duration
 from ensemble.errors import SchedulerError, Trouble
 
@@ -119,8 +118,8 @@ def status_argv(_: Sequence[str]) -> list[str]:
 
 
 def parse_status(answer: Completed) -> list[Seen]:
-    """Return this user's jobs; all where this user has no name."""
-    return parse_jobs(answer, _own_name())
+    """Return this user's jobs."""
+    return parse_jobs(answer, user_name())
 
 
 def parse_jobs(answer: Completed, owner: str | None) -> list[Seen]:
@@ -149,13 +148,6 @@ def parse_history(answer: Completed) -> list[Seen]:
     if _UNKNOWN.search(answer.stderr) and _is_answer(answer) and '"Jobs"' not in answer.stdout:
         return []
     return parse_status(answer)
-
-
-def _own_name() -> str | None:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return None
 
 
 def _is_answer(answer: Completed) -> bool:

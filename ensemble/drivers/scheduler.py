@@ -7,6 +7,8 @@ how to write another.
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +87,14 @@ class Scheduler:
     #: Asks for the end of one job that is not listed any more; None where nobody keeps it.
     history_argv: Callable[[str], list[str]] | None = None
     parse_history: Callable[[Completed], list[Seen]] | None = None
+
+
+def user_name() -> str:
+    """Return who this process runs as, as listings name the owners of jobs."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container without an account
+        return os.environ.get("USER") or str(os.geteuid())
 
 
 def fail(

@@ -11,8 +11,6 @@ Directives are `#$ -pe mpi 64` and `#$ -l h_rt=01:00:00`.
 from __future__ import annotations
 
 import calendar
-import os
-import pwd
 import re
 import time
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from xml.etree import ElementTree
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, user_name
 from ensemble.errors import SchedulerError, Trouble
 
 #: The first pattern found decides.
@@ -62,7 +60,7 @@ def parse_submit(answer: Completed) -> str:
 
 def status_argv(_: Sequence[str]) -> list[str]:
     """List all jobs of this user in XML: the table for people cuts names at ten characters."""
-    return ["qstat", "-u", _user(), "-xml"]
+    return ["qstat", "-u", user_name(), "-xml"]
 
 
 def parse_status(answer: Completed) -> list[Seen]:
@@ -174,13 +172,6 @@ def _parse_time(text: str) -> float | None:
 
 def _no_listing(answer: Completed) -> SchedulerError:
     return fail("sge", (*TROUBLES, ("", Trouble.RETRY)), "list jobs", answer)
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container without an account
-        return os.environ.get("USER") or str(os.getuid())
 
 
 SGE = Scheduler(
