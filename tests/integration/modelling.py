@@ -29,8 +29,6 @@ class Try:
     lease: int
     is_started: bool = False
     outcome: Outcome | None = None
-    #: The end that a launcher reported, not a reaper.
-    is_reported: bool = False
 
 
 @dataclass
@@ -223,10 +221,6 @@ class Model:
             return frozenset({Verdict.BUSY, Verdict.APPLIED})
         return frozenset({Verdict.APPLIED})
 
-    def must_wait(self, before: dict[int, State], task_id: int) -> bool:
-        """Whether an end that was applied has changed a row that somebody else has locked."""
-        return any(self.jobs[i].state is not before[i] for i in self.locked if i != task_id)
-
     def start(self, task_id: int) -> None:
         job = self.jobs[task_id]
         job.tries[-1].is_started = True
@@ -240,7 +234,7 @@ class Model:
         if outcome is Outcome.GIVEN_BACK and one.is_started:
             # What has been started cannot be given back as if it had not.
             outcome, cause = Outcome.LOST, Cause.LAUNCHER_LOST
-        one.outcome, one.is_reported, job.lease = outcome, True, None
+        one.outcome, job.lease = outcome, None
         if job.state is State.USER_KILLED:
             if outcome is not Outcome.GIVEN_BACK:
                 one.outcome = Outcome.KILLED
