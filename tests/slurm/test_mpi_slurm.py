@@ -123,16 +123,17 @@ async def test_scancel_leaves_nothing_behind(
         assert await ens.outcomes(task.id) == [Outcome.TIMEOUT]
 
 
+@pytest.mark.timeout(240)
 async def test_tasks_start_once_the_controller_is_back(
     ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
 ) -> None:
-    await ens.store.add([told("sleep 1; echo ran") for _ in range(12)])
+    await ens.store.add([told("sleep 1; echo ran") for _ in range(20)])
     job = ens.batch("--idle-timeout=0", job_mode="mpi", settings=settings)
     await job.until("launcher.progress")
     with ens.slurm.without_controller():
         await ens.eventually(lambda: "srun: error" in everything(ens), within_s=30)
-    assert await job.end(within_s=100) == "COMPLETED 0:0", job.log
-    assert await ens.states() == [State.JOB_FINISHED] * 12
+    assert await job.end(within_s=150) == "COMPLETED 0:0", job.log
+    assert await ens.states() == [State.JOB_FINISHED] * 20
     for task in await ens.tasks():
         assert await ens.outcomes(task.id) == [Outcome.DONE]
         assert "ran" in lines(ens.output(task))

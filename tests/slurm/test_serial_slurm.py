@@ -158,16 +158,6 @@ async def test_scancel_leaves_nothing_behind(ens: SlurmEnsemble) -> None:
         assert await ens.outcomes(task.id) == [Outcome.TIMEOUT]
 
 
-async def test_a_launcher_leaves_before_its_job_ends(ens: SlurmEnsemble) -> None:
-    # By the end that Slurm tells, a minute from the start; and only on the nodes that it was given.
-    await ens.store.add([share("sleep 600", 2) for _ in range(4)])
-    job = ens.batch("--nodes=2", sbatch=(*FOUR_NODES, "-t1"))
-    assert await job.end(within_s=90) == "COMPLETED 0:0", job.log
-    assert "the time of the allocation is over" in job.log
-    assert await ens.states() == [State.RESTART_READY] * 4
-    assert Counter((await ens.nodes_of()).values()) == {"n0": 2, "n1": 2}
-
-
 @pytest.mark.parametrize("victim", ["pilot", "guard"])
 async def test_a_killed_pilot_loses_its_own_tasks_only(ens: SlurmEnsemble, victim: str) -> None:
     tasks = await ens.store.add([share(WAITING, 2) for _ in range(8)])
