@@ -18,7 +18,7 @@ from ensemble.core.batchjob import BatchJob, NewBatchJob
 from ensemble.core.jobs import Jobs
 from ensemble.core.model import JobMode
 from ensemble.core.queues import Backlog, QueuePolicy, Rules, unfit
-from ensemble.drivers import batch, template
+from ensemble.drivers import batch, template, wholefile
 from ensemble.drivers.batch import BatchSystem
 from ensemble.drivers.scheduler import Request
 from ensemble.errors import ConfigError, EnsembleError, SchedulerError, Trouble, UsageError
@@ -221,14 +221,8 @@ class Submitter:
         folder.mkdir(exist_ok=True)
         script = folder / f"qlaunch{job.id}.sh"
         text = self.render(new, template_name=template_name, job_id=job.id)
-        temporary = folder / f".qlaunch{job.id}.{os.getpid()}"
-        try:
-            temporary.touch(mode=0o700)
-            temporary.write_text(text, "utf-8")
-            temporary.rename(script)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with wholefile.create(script, mode=0o700) as file:
+            file.write(text.encode())
         return Request(
             script=script,
             name=job.name,
@@ -240,18 +234,6 @@ class Submitter:
 def slug(name: str) -> str:
     """Return a site's name as part of a job's name: some schedulers take but letters, digits and dashes."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:20] or "site"
-
-
-def check_size(nodes: int, minutes: int) -> None:
-    """Refuse what no batch job can be.
-
-    Raises:
-        UsageError: There are no nodes, or no time.
-    """
-    if nodes < 1 or minutes < 1:
-        raise UsageError(
-            f"a batch job of {nodes} nodes for {minutes} minutes: both must be 1 or more"
-        )
 
 
 def new_job(  # noqa: PLR0913 - the fields of a batch job that a user gives
@@ -266,8 +248,15 @@ def new_job(  # noqa: PLR0913 - the fields of a batch job that a user gives
     flags: tuple[str, ...] = (),
     slots_per_node: int = 1,
 ) -> NewBatchJob:
-    """Return a batch job that a user wants."""
-    check_size(nodes, minutes)
+    """Return a batch job that a user wants.
+
+    Raises:
+        UsageError: There are no nodes, or no time.
+    """
+    if nodes < 1 or minutes < 1:
+        raise UsageError(
+            f"a batch job of {nodes} nodes for {minutes} minutes: both must be 1 or more"
+        )
     return NewBatchJob(
         scheduler=scheduler,
         num_nodes=nodes,

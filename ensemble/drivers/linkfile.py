@@ -24,6 +24,7 @@ from typing import IO
 import msgspec
 
 from ensemble.core.wire import PROTOCOL
+from ensemble.drivers import wholefile
 from ensemble.errors import LaunchError
 
 _SIOCGIFADDR = 0x8915
@@ -56,18 +57,9 @@ class LinkFile:
         Raises:
             LaunchError: It cannot be written; nothing is left of it.
         """
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            try:
-                fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                with os.fdopen(fd, "wb") as file:
-                    os.fchmod(fd, 0o600)  # a umask may also take the owner's rights
-                    file.write(self.to_bytes())
-                draft.rename(path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    draft.unlink()
-                raise
+            with wholefile.create(path) as file:
+                file.write(self.to_bytes())
         except OSError as error:
             raise LaunchError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -25,6 +25,7 @@ from ensemble.core.database import storable
 from ensemble.core.leases import Lease, Reaping, Verdicts
 from ensemble.core.model import End, Outcome, Start, Verdict
 from ensemble.core.store import Store
+from ensemble.drivers import wholefile
 from ensemble.errors import EnsembleError, StoreUnavailableError
 from ensemble.log import get_logger
 
@@ -98,27 +99,13 @@ def write(
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / f"lease-{head.lease_id}.jsonl"
-    draft = path.with_suffix(".draft")
     head = msgspec.structs.replace(
         head, starts=len(starts), ends=len(ends), reason=storable(head.reason[:_TEXT])
     )
     limit = min(_TEXT, max(_TEXTS // max(3 * len(ends), 1), 1))
-    try:
-        draft.unlink(missing_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o600)  # a umask may also take the owner's rights
-            for line in (head, *starts, *(_shorten(end, limit, now) for end in ends)):
-                file.write(msgspec.json.encode(line) + b"\n")
-            file.flush()
-            os.fsync(fd)
-        draft.rename(path)
-        with contextlib.suppress(OSError):  # not every file system can
-            _sync(directory)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
+    with wholefile.create(path, is_durable=True) as file:
+        for line in (head, *starts, *(_shorten(end, limit, now) for end in ends)):
+            file.write(msgspec.json.encode(line) + b"\n")
     return path
 
 
@@ -128,14 +115,6 @@ def _shorten(end: End, limit: int, now: datetime) -> End:
         for text in (end.reason, end.error, end.output)
     )
     return msgspec.structs.replace(end, at=end.at or now, reason=reason, error=error, output=output)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def find(directory: Path) -> dict[int, Path]:

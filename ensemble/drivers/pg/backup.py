@@ -7,10 +7,11 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from ensemble.drivers import wholefile
 from ensemble.errors import EnsembleError, NotFoundError, UsageError
 
 T = TypeVar("T")
@@ -129,14 +130,7 @@ def _publish(partial: Path, place: Path, named: Path, *, force: bool) -> None:
         except OSError:  # a file system without hard links
             _refuse_existing(place, named, force=False)
             partial.replace(place)
-    with suppress(
-        OSError
-    ):  # the name, too, is to survive a crash; not every file system can promise it
-        folder = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    wholefile.sync_folder(place.parent)
 
 
 @contextmanager
