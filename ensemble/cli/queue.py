@@ -147,8 +147,7 @@ def cancel(session: Session, ids: tuple[int, ...], is_all: bool, reason: str) ->
         raise UsageError("give the ids of batch jobs, or --all (ensemble queue lists them)")
 
     async def work(client: Client) -> list[str]:
-        active = [job.id for job in await client.batch.find(limit=10_000) if job.is_active]
-        chosen = sorted(active) if is_all else list(ids)
+        chosen = sorted(job.id for job in await client.batch.active()) if is_all else list(ids)
         return [await _cancel(client, job_id, reason) for job_id in chosen]
 
     for line in session.run(work):

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, user_name
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, no_listing, user_name
 from ensemble.drivers.walltime import parse_duration
-from ensemble.errors import SchedulerError, Trouble
+from ensemble.errors import Trouble
 
 #: The first pattern found decides.
 TROUBLES = (
@@ -82,7 +82,7 @@ def parse_status(answer: Completed) -> list[Seen]:
     top = next((n for n, line in enumerate(lines) if tuple(line.split()) == COLUMNS), None)
     is_table = top is not None and lines[-1] == "" and re.fullmatch("={5,} *", lines[top + 1])
     if answer.code != 0 or top is None or not is_table:
-        raise _no_listing(answer)
+        raise no_listing("cobalt", TROUBLES, answer)
     places = [lines[top].index(column) for column in COLUMNS]
     return [_parse_row(line, places, answer) for line in lines[top + 2 :] if line.strip()]
 
@@ -98,7 +98,7 @@ def _parse_row(line: str, places: list[int], answer: Completed) -> Seen:
         line[place:end].strip() for place, end in zip(places, ends, strict=True)
     )
     if not re.fullmatch(r"[0-9]{1,18}", job_id, re.ASCII) or not state or not name:
-        raise _no_listing(answer)
+        raise no_listing("cobalt", TROUBLES, answer)
     started_at = _parse_time(start)
     limit_s = parse_duration(walltime)
     word = state.lower()
@@ -122,10 +122,6 @@ def _parse_time(text: str) -> float | None:
         )
     except ValueError:
         return None
-
-
-def _no_listing(answer: Completed) -> SchedulerError:
-    return fail("cobalt", (*TROUBLES, ("", Trouble.RETRY)), "list jobs", answer)
 
 
 COBALT = Scheduler(

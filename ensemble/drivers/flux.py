@@ -17,8 +17,8 @@ from typing import Any
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail
-from ensemble.errors import SchedulerError, Trouble
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, no_listing
+from ensemble.errors import Trouble
 
 #: The first pattern found decides. The text on active jobs is that of flux-accounting.
 TROUBLES = (
@@ -98,7 +98,7 @@ def parse_status(answer: Completed) -> list[Seen]:
         RecursionError,
         OverflowError,
     ) as error:
-        raise _no_listing(answer) from error
+        raise no_listing("flux", TROUBLES, answer) from error
 
 
 def cancel_argv(job_id: str) -> list[str]:
@@ -162,10 +162,6 @@ def _time(job: dict[str, Any], key: str) -> float | None:
     """Return epoch seconds; 0 is "without end"."""
     value = job.get(key)
     return float(value) if isinstance(value, int | float) and 0 < value < 2**40 else None
-
-
-def _no_listing(answer: Completed) -> SchedulerError:
-    return fail("flux", (*TROUBLES, ("", Trouble.RETRY)), "list jobs", answer)
 
 
 FLUX = Scheduler(

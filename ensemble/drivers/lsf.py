@@ -17,8 +17,8 @@ from typing import Any
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail
-from ensemble.errors import SchedulerError, Trouble
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, no_listing
+from ensemble.errors import Trouble
 
 #: The first pattern found decides. bsub itself waits and repeats at the pending threshold: whoever runs it
 #: needs a time-out, and then looks whether there is a job.
@@ -103,7 +103,7 @@ def parse_status(answer: Completed) -> list[Seen]:
         # Ids that it does not know are records with an error.
         return [_parse_record(each) for each in document["RECORDS"] if "ERROR" not in each]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _no_listing(answer) from error
+        raise no_listing("lsf", TROUBLES, answer) from error
 
 
 def cancel_argv(job_id: str) -> list[str]:
@@ -124,7 +124,7 @@ def parse_history(answer: Completed) -> list[Seen]:
     ends = re.findall(r"Completed <(done|exit)>(?:;\s*([A-Z_]+:[^.\n]*))?", text)
     if job is None or not ends:
         if answer.code != 0 and not _EMPTY.search(answer.stderr + answer.stdout):
-            raise _no_listing(answer)
+            raise no_listing("lsf", TROUBLES, answer)
         return []
     name = re.search(r"Job Name <([^>\n]*)>", text)
     word, reason = ends[-1]
@@ -168,10 +168,6 @@ def _judge(reason: str) -> JobState:
     """Return how a job ended that did not end well."""
     found = re.match(r"TERM_[A-Z_]+", reason.strip())
     return REASONS.get(found[0], JobState.FAILED) if found else JobState.FAILED
-
-
-def _no_listing(answer: Completed) -> SchedulerError:
-    return fail("lsf", (*TROUBLES, ("", Trouble.RETRY)), "list jobs", answer)
 
 
 LSF = Scheduler(

@@ -97,6 +97,13 @@ def user_name() -> str:
         return os.environ.get("USER") or str(os.geteuid())
 
 
+def no_listing(
+    scheduler: str, troubles: Sequence[tuple[str, Trouble]], answer: Completed
+) -> SchedulerError:
+    """Return the error for a status command that printed no listing: at worst it is asked again."""
+    return fail(scheduler, (*troubles, ("", Trouble.RETRY)), "list jobs", answer)
+
+
 def fail(
     scheduler: str, troubles: Sequence[tuple[str, Trouble]], verb: str, answer: Completed
 ) -> SchedulerError:

@@ -18,8 +18,8 @@ from xml.etree import ElementTree
 
 from ensemble.core.batchjob import JobState
 from ensemble.drivers.process import Completed
-from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, user_name
-from ensemble.errors import SchedulerError, Trouble
+from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail, no_listing, user_name
+from ensemble.errors import Trouble
 
 #: The first pattern found decides.
 TROUBLES = (
@@ -67,7 +67,7 @@ def parse_status(answer: Completed) -> list[Seen]:
     """Read the document: jobs on nodes under queue_info, waiting ones under job_info."""
     # Only a document type can declare entities, and qstat writes none.
     if answer.code != 0 or "<!DOCTYPE" in answer.stdout:
-        raise _no_listing(answer)
+        raise no_listing("sge", TROUBLES, answer)
     start = max(answer.stdout.find("<?xml"), 0)
     try:
         root = ElementTree.fromstring(answer.stdout[start:])  # noqa: S314  no entities: see above
@@ -75,7 +75,7 @@ def parse_status(answer: Completed) -> list[Seen]:
             raise ValueError(root.tag)
         return [_parse_job(job) for job in root.iter("job_list")]
     except (ElementTree.ParseError, ValueError) as error:
-        raise _no_listing(answer) from error
+        raise no_listing("sge", TROUBLES, answer) from error
 
 
 def judge(letters: str) -> tuple[JobState, str, bool]:
@@ -123,7 +123,7 @@ def parse_history(answer: Completed) -> list[Seen]:
         or not status
         or not failed
     ):
-        raise _no_listing(answer)
+        raise no_listing("sge", TROUBLES, answer)
     return [_parse_end(record, job_id, int(status[0]), failed[0])]
 
 
@@ -168,10 +168,6 @@ def _parse_time(text: str) -> float | None:
         except ValueError:
             continue
     return None
-
-
-def _no_listing(answer: Completed) -> SchedulerError:
-    return fail("sge", (*TROUBLES, ("", Trouble.RETRY)), "list jobs", answer)
 
 
 SGE = Scheduler(

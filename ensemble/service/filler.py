@@ -62,13 +62,7 @@ class Picture:
     """What a round decides by, and what it decides."""
 
     jobs: tuple[BatchJob, ...]
-    backlog: tuple[Backlog, ...]
     decisions: tuple[Decision, ...]
-
-    @property
-    def runnable(self) -> int:
-        """Tasks that could run now and wait for nodes."""
-        return sum(tasks.tasks for tasks in self.backlog if not tasks.is_soon)
 
 
 class Decider:
@@ -89,10 +83,7 @@ class Decider:
         jobs = await self._jobs.active()
         capacity = await self._jobs.capacity(service.assumed_minutes, typical)
         backlog = await self._backlog()
-        recently = sum(
-            job.policy is not None and job.age_s < _MINUTE_S
-            for job in await self._jobs.recent(1000)
-        )
+        recently = await self._jobs.count_submitted(within_s=_MINUTE_S)
         rules = Rules(
             assumed_minutes=service.assumed_minutes,
             margin_minutes=self._settings.launcher.margin_s / _MINUTE_S,
@@ -107,7 +98,7 @@ class Decider:
             backlog,
             rules,
         )
-        return Picture(jobs=tuple(jobs), backlog=tuple(backlog), decisions=tuple(decisions))
+        return Picture(jobs=tuple(jobs), decisions=tuple(decisions))
 
     async def _backlog(self) -> list[Backlog]:
         """Return the tasks that any policy may take: each filter is asked by itself, as each has its limit."""

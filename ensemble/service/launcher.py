@@ -511,11 +511,6 @@ class Launcher:
 
 async def _rung(bell: asyncio.Event, at_most_s: float) -> bool:
     """Wait for a ring, or for the safety net; tell whether it rang."""
-    try:
-        async with asyncio.timeout(at_most_s):
-            await bell.wait()
-    except TimeoutError:
-        pass
-    rang = bell.is_set()
+    rang = await runtime.until(bell, at_most_s)
     bell.clear()
     return rang

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ensemble.config import ServiceSettings
-from ensemble.core.batchjob import ACTIVE, STUCK, BatchJob, JobState, Observation
+from ensemble.core.batchjob import ACTIVE, OVER, STUCK, BatchJob, JobState, Observation
 from ensemble.core.jobs import Jobs
 from ensemble.drivers import output
 from ensemble.drivers.batch import BatchSystem
@@ -59,9 +59,9 @@ def judge_seen(job: BatchJob, seen: Seen) -> Observation | None:
     state, reason = seen.state, seen.reason or None
     if seen.is_stuck:
         reason = f"{STUCK}{reason}"
-    if job.has_live_launcher and state not in (JobState.RUNNING, *_FINAL):
+    if job.has_live_launcher and state not in (JobState.RUNNING, *OVER):
         return None  # its launcher was quicker than this listing, or outlives a node
-    if state in _FINAL and job.spec.get("cancelled"):
+    if state in OVER and job.spec.get("cancelled"):
         state, reason = JobState.CANCELLED, str(job.spec["cancelled"])
     ends_at = _moment(seen.ends_at)
     is_news = (
@@ -102,10 +102,6 @@ def is_deserted(job: BatchJob, seen: Seen) -> bool:
     is_running = job.state is JobState.RUNNING and seen.state is JobState.RUNNING
     is_silent = job.launcher_id is not None and job.record is None
     return is_running and is_silent and not job.has_live_launcher
-
-
-#: Nothing of it runs any more, says the scheduler.
-_FINAL = (JobState.FINISHED, JobState.FAILED, JobState.TIMEOUT, JobState.CANCELLED)
 
 
 def judge_missing(job: BatchJob, settings: ServiceSettings) -> Observation | None:
@@ -178,9 +174,8 @@ class Lookout:
                 continue
             observed = judge_seen(job, seen) if seen else await self._judge_missing(job)
             if observed is not None and await self._jobs.observe(observed):
-                after = await self._jobs.get(job.id)
-                await self._explain(after)
-                changes.append(Change(before=job, after=await self._jobs.get(job.id)))
+                after = await self._explained(await self._jobs.get(job.id))
+                changes.append(Change(before=job, after=after))
             if seen is not None and _outlives_its_end(job, seen):
                 await self._cancel(job, seen, "job.cancelled_again")
         await self._cancel_given_up([*active, *given_up], listing)
@@ -218,14 +213,16 @@ class Lookout:
             return None
         return found if found is not None and found.state not in ACTIVE else None
 
-    async def _explain(self, job: BatchJob) -> None:
-        """Keep the end of the output of a job that ended without a word from its launcher."""
+    async def _explained(self, job: BatchJob) -> BatchJob:
+        """Keep the end of the output of a job that ended without a word from its launcher; return it as it is then."""
         path = job.spec.get("output")
         if job.is_active or job.record is not None or not path:
-            return
+            return job
         lines = await asyncio.to_thread(output.tail, Path(path), _TAIL_LINES)
-        if lines:
-            await self._jobs.set_error(job.id, lines)
+        if not lines:
+            return job
+        await self._jobs.set_error(job.id, lines)
+        return await self._jobs.get(job.id)
 
     async def _cancel_given_up(self, known: Sequence[BatchJob], listing: Sequence[Seen]) -> None:
         """Cancel what is queued or running although its row was given up: it counts nowhere any more."""

@@ -30,6 +30,16 @@ def on_signals(react: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, react, number.name)
 
 
+async def until(event: asyncio.Event, at_most_s: float) -> bool:
+    """Wait for an event, or so long; tell whether it has come."""
+    try:
+        async with asyncio.timeout(max(at_most_s, 0.0)):
+            await event.wait()
+    except TimeoutError:
+        pass
+    return event.is_set()
+
+
 def utc_now() -> datetime:
     """Return the wall clock's time; for the record, never to decide by."""
     return datetime.now(UTC)  # noqa: TID251 - this is the one place

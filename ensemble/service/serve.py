@@ -194,8 +194,8 @@ class Service:
             if is_due:
                 looked = runtime.boottime_s()
             await self._round(is_due=is_due)
-            await _until(self._stop, min(period_s / _RING_PART, 5.0))
-            await _until(self._rang, looked + period_s - runtime.boottime_s())
+            await runtime.until(self._stop, min(period_s / _RING_PART, 5.0))
+            await runtime.until(self._rang, looked + period_s - runtime.boottime_s())
             self._rang.clear()
 
     async def _round(self, *, is_due: bool) -> None:
@@ -241,7 +241,7 @@ class Service:
     async def _beat(self) -> None:
         """Keep the lock's session in use; get the lock back when the session is lost."""
         while True:
-            await _until(self._is_in_doubt, _BEAT_S)
+            await runtime.until(self._is_in_doubt, _BEAT_S)
             self._is_in_doubt.clear()
             try:
                 if self._lock is not None and await self._lock.beat():
@@ -287,12 +287,3 @@ def _stamp(site: Path) -> _Stamp:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-async def _until(event: asyncio.Event, at_most_s: float) -> None:
-    """Wait for an event, or so long."""
-    try:
-        async with asyncio.timeout(max(at_most_s, 0.0)):
-            await event.wait()
-    except TimeoutError:
-        pass

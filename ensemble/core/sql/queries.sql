@@ -340,6 +340,12 @@ SELECT b.id, coalesce(b.name, '') AS name, b.scheduler, b.scheduler_id, b.state,
          ELSE ARRAY (SELECT a.id FROM batch_job a ORDER BY a.id DESC LIMIT $3) END))
  ORDER BY b.id DESC
 
+-- count_submitted(within_s)
+-- Among the youngest thousand: no rate that is allowed comes near.
+SELECT count(*)::int
+  FROM (SELECT b.policy, b.created_at FROM batch_job b ORDER BY b.id DESC LIMIT 1000) b
+ WHERE b.policy IS NOT NULL AND b.created_at > clock_timestamp() - make_interval(secs => $1::float8)
+
 -- select_backlog(workflow_ids, limit)
 -- What could run now, in claim order, as far as the limit goes. Counted before it is given names.
 SELECT w.name AS workflow, t.num_nodes, t.ranks_per_node, n.node_packing_count AS packing,
@@ -445,7 +451,7 @@ SELECT pg_advisory_unlock(hashtext('ensemble.service'))
 UPDATE service SET stopped_at = clock_timestamp() WHERE epoch = $1
 
 -- select_service()
-SELECT token, host, pid, period_s, started_at, seen_at, stopped_at,
+SELECT host, pid, period_s, started_at, seen_at, stopped_at,
        extract(epoch FROM clock_timestamp() - seen_at)::float8 AS silent_s
   FROM service
 
