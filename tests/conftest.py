@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -20,8 +21,10 @@ from ensemble.core.database import Address, connect
 from ensemble.core.store import Store
 from ensemble.drivers import proctree
 from ensemble.site import OWNER, Site, create
+from tests.integration.launching import Ensemble
 
 POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
+_WITH_PROCESSES = {"integration", "acceptance", "faults", "security"}
 TABLES = (
     "task, task_spec, task_parent, attempt, event, lease, launcher, batch_job, submission, app, workflow,"
     " queue_state, decision"
@@ -121,10 +124,36 @@ async def psql(address: Address) -> AsyncIterator[asyncpg.Connection[Any]]:
     connection.terminate()
 
 
+@pytest.fixture
+async def ens(site: Site, store: Store, eventually: Callable[..., Any]) -> AsyncIterator[Ensemble]:
+    """An empty store and launchers; afterwards nothing runs and the books are right."""
+    shutil.rmtree(site.path / "data", ignore_errors=True)
+    made = Ensemble(site, store, eventually)
+    yield made
+    running = [each for each in made.launchers if each.guard.poll() is None]
+    for launched in made.launchers:
+        launched.kill()
+    left = made.processes()
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert running == [], f"a launcher was left running:\n{running[0].log}"
+    assert left == [], "processes of tasks were left"
+    assert await store.check() == []
+
+
+@pytest.fixture
+async def owner(site: Site, address: Address) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A connection of the schema's owner."""
+    connection = await connect(site.address(OWNER), name="test owner")
+    yield connection
+    connection.terminate()
+
+
 @pytest.fixture(autouse=True)
 def _no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each integration test this process has the children it had before."""
-    if "integration" not in str(request.path) and "acceptance" not in str(request.path):
+    """After each test with processes, this one has the children that it had before."""
+    if not _WITH_PROCESSES.intersection(request.path.parts):
         yield
         return
     before = set(proctree.list_children(os.getpid()))

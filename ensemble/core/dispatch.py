@@ -5,11 +5,12 @@
 
     Ask        -> Claimed | ClaimFailed
     Launch     -> Started, then Ended | CouldNotStart | Skipped; or PilotLost
+    Announce   -> Announced
     Terminate  -> the Ended (or Skipped) of that task
     Recall     -> Skipped, for those that had not started
     AskProspect-> ProspectTold
     AskHeld    -> Reconciled
-    RecordStart, RecordEnd, MarkTimedOut, MarkDrained, Leave -> nothing
+    RecordStart, RecordEnd, MarkTimedOut, MarkDrained, SetAside, Leave -> nothing
 
 A task is in the book from Claimed until nothing of it runs any more (Ended); only then are its
 nodes free and its hold reported for release. Time is what the last Ticked said.
@@ -19,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import assert_never
 
 import msgspec
 
 from ensemble.core.events import (
+    Announce,
+    Announced,
     Ask,
     AskHeld,
     AskProspect,
@@ -50,12 +53,14 @@ from ensemble.core.events import (
     Reconciled,
     RecordEnd,
     RecordStart,
+    SetAside,
     Skipped,
     Started,
     Terminate,
     Ticked,
     WorkRang,
 )
+from ensemble.core.health import Health
 from ensemble.core.holding import Holding
 from ensemble.core.model import Claim, End, Outcome, Placement, Room, SlotRoom, Start
 from ensemble.core.packing import SlotBook
@@ -69,6 +74,9 @@ from ensemble.core.runs import (
     may_be_schedulers,
 )
 from ensemble.core.shares import Shares
+
+#: An MPI launcher that runs for so long has started its program.
+_SURE = timedelta(seconds=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +101,10 @@ class Dispatcher:
         self._policy = policy
         self._now = now
         self._runs: dict[int, Run] = {}
+        #: Of these, suspects whose start is not on record yet: they are not launched.
+        self._unannounced: dict[int, Claim] = {}
         self._holding = Holding(policy.signal_hold_s)
+        self._health = Health()
         self._is_claiming = False
         #: Something changed since we asked: an empty answer is not the last word.
         self._ask_again = False
@@ -113,7 +124,7 @@ class Dispatcher:
     def known(self) -> frozenset[Pair]:
         """The attempts that we hold: running, claimed ahead, or ended and held back."""
         runs = [(run.id, run.attempt) for run in self._runs.values()]
-        return self._plan.kept.union(runs, self._holding.pairs)
+        return self._plan.kept.union(runs, self._holding.pairs, self._health.pairs)
 
     @property
     def running(self) -> int:
@@ -148,6 +159,8 @@ class Dispatcher:
         match event:
             case Ended():
                 effects = self._ended(event)
+            case Announced():
+                effects = self._announced(event)
             case Started():
                 effects = self._started(event)
             case Claimed():
@@ -185,8 +198,10 @@ class Dispatcher:
         """Raise AssertionError unless the invariants hold."""
         self._plan.validate(self._runs.keys())
         assert all(run.id == task_id for task_id, run in self._runs.items())
-        held = [*self._runs, *(task_id for task_id, _ in self._plan.kept)]
+        ended = [*self._holding.pairs, *self._health.pairs]
+        held = [*self._runs, *(task_id for task_id, _ in [*self._plan.kept, *ended])]
         assert len(held) == len(set(held)), "a task is held twice"
+        assert self._unannounced.keys() <= self._runs.keys(), "what was given up is to be launched"
         assert not (self._is_gone and held), "left with tasks"
 
     # ------------------------------------------------------------------ taking work
@@ -243,7 +258,16 @@ class Dispatcher:
     def _launch(self, claim: Claim, placement: Placement) -> list[Effect]:
         self._runs[claim.id] = Run.of(claim, placement)
         self._idle_since = None
+        if claim.is_suspect:
+            self._unannounced[claim.id] = claim
+            return [Announce(claim.id, claim.attempt, placement.names)]
         return [Launch(claim, placement)]
+
+    def _announced(self, event: Announced) -> list[Effect]:
+        run = self._run(event.id, event.attempt)
+        if run is None or event.id not in self._unannounced:
+            return []
+        return [Launch(self._unannounced.pop(event.id), run.placement)]
 
     def _give_back(self, *claims: Claim | Run, at: datetime | None = None) -> list[Effect]:
         """Report claims that were never started; without the lease there is nothing to give back."""
@@ -265,6 +289,7 @@ class Dispatcher:
             case PilotLost():
                 return self._lose_tasks(self._plan.remove(event.node), event)
             case PilotJoined():
+                self._health.trust(event.node.name)
                 self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
         if self._idle_since is not None:
             self._idle_since = self._now
@@ -276,6 +301,9 @@ class Dispatcher:
         effects: list[Effect] = []
         for task_id in had_place:
             run = self._runs.pop(task_id)
+            if self._unannounced.pop(task_id, None):
+                effects += self._give_back(run)
+                continue
             if run.started_at is None and had_place[task_id]:
                 run.started_at = event.at  # it may have killed its pilot before that could tell
             end = lost_with_node(run, event.at, event.reason)
@@ -298,13 +326,13 @@ class Dispatcher:
         if run.ending is Ending.LOST:
             return []
         start = Start(id=event.id, attempt=event.attempt, at=event.at, nodes=run.placement.names)
-        return [RecordStart(start)]
+        return [RecordStart(start), *(self._runs_well(run) if event.is_certain else ())]
 
     def _could_not_start(self, event: CouldNotStart) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
         if run is None or run.ending is Ending.LOST:
             return self._refill()
-        return [RecordEnd(failed_start(run, event.at, event.reason)), *self._refill()]
+        return [*self._fails(run, failed_start(run, event.at, event.reason)), *self._refill()]
 
     def _skipped(self, event: Skipped) -> list[Effect]:
         run = self._take_out(event.id, event.attempt)
@@ -320,7 +348,7 @@ class Dispatcher:
             end = failed_start(
                 run, event.at, event.start_error, status=event.status, output=event.output
             )
-            return [RecordEnd(end), *self._refill()]
+            return [*self._fails(run, end), *self._refill()]
         run.started_at = event.started_at or run.started_at
         if run.started_at is not None:
             if event.at < run.started_at:  # two reports, each dated by its own age
@@ -330,7 +358,39 @@ class Dispatcher:
         may_be_explained = run.ending is None and may_be_schedulers(event.status)
         if may_be_explained and not self.is_leaving and self._holding.take(end):
             return self._refill()
-        return [RecordEnd(end), *self._refill()]
+        effects: list[Effect] = [RecordEnd(end)]
+        if end.outcome is Outcome.DONE or event.started_at is not None:
+            effects += self._runs_well(run)
+        return [*effects, *self._refill()]
+
+    def _runs_well(self, run: Run) -> list[Effect]:
+        """Take in that a program runs; report the failures that were not these nodes' fault."""
+        return [*map(RecordEnd, self._health.runs(run.program, run.placement.names))]
+
+    def _fails(self, run: Run, end: End) -> list[Effect]:
+        """Report a failed start, or hold it back: it may be the node that fails."""
+        if self.is_leaving or run.ending is not None:
+            return [RecordEnd(end)]
+        others = self._plan.total - run.num_nodes
+        effects = self._note_long_runs(run.program, end.at)
+        ends, bad = self._health.fails(run.program, end, others=others)
+        effects += map(RecordEnd, ends)
+        for name in bad:
+            waiting = self._plan.set_aside(name)
+            effects.append(SetAside(name, self._health.aside[name]))
+            if waiting:
+                effects.append(Recall(tuple(waiting)))
+        return effects
+
+    def _note_long_runs(self, program: str, now: datetime | None) -> list[Effect]:
+        """Take in that a program runs where its MPI launcher has not failed for so long."""
+        if now is None or len(self._runs) > self._plan.total:
+            return []  # where tasks share nodes, each start is certain
+        effects: list[Effect] = []
+        for run in self._runs.values():
+            if run.program == program and run.started_at and now - run.started_at > _SURE:
+                effects += self._runs_well(run)
+        return effects
 
     def _run(self, task_id: int, attempt: int) -> Run | None:
         run = self._runs.get(task_id)
@@ -340,6 +400,7 @@ class Dispatcher:
         run = self._run(task_id, attempt)
         if run is not None:
             del self._runs[task_id]
+            self._unannounced.pop(task_id, None)
             self._plan.release(task_id)
             if not self._runs:
                 self._idle_since = self._now
@@ -354,9 +415,18 @@ class Dispatcher:
         for task_id, attempt in sorted(pairs):
             run = self._run(task_id, attempt)
             if run is not None and run.ending is None:
-                run.ending = Ending.KILLED
-                effects.append(Terminate(task_id))
+                effects += self._end(run, Ending.KILLED)
         return effects
+
+    def _end(self, run: Run, ending: Ending, *, is_forced: bool = False) -> list[Effect]:
+        """Have a task ended; one that was not launched is over at once."""
+        run.ending = ending
+        if run.id not in self._unannounced:
+            return [Terminate(run.id, is_forced=is_forced)]
+        self._take_out(run.id, run.attempt)
+        if ending is Ending.LOST:
+            return []
+        return [RecordEnd(lost_with_node(run, None, "it was not started"))]
 
     def _time_out(self) -> list[Effect]:
         due = []
@@ -381,10 +451,10 @@ class Dispatcher:
         effects: list[Effect] = [] if is_second else [MarkDrained(reason)]
         effects += self._give_back(*self._plan.clear())
         effects += map(RecordEnd, self._holding.explain(reason))
-        for run in self._runs.values():
+        effects += map(RecordEnd, self._health.clear())
+        for run in list(self._runs.values()):
             if run.ending is None:
-                run.ending = Ending.DRAINED
-                effects.append(Terminate(run.id, is_forced=is_second))
+                effects += self._end(run, Ending.DRAINED, is_forced=is_second)
             elif is_second:
                 effects.append(Terminate(run.id, is_forced=True))
         return effects
@@ -395,17 +465,20 @@ class Dispatcher:
             return []
         self._leaving = reason
         self._holding.clear()
+        self._health.clear()
         self._plan.clear()
-        for run in self._runs.values():
-            run.ending = Ending.LOST
         self._is_lost = True
-        return [Terminate(task_id, is_forced=True) for task_id in self._runs]
+        effects: list[Effect] = []
+        for run in list(self._runs.values()):
+            effects += self._end(run, Ending.LOST, is_forced=True)
+        return effects
 
     # ------------------------------------------------------------------ time
 
     def _ticked(self, now: float) -> list[Effect]:
         self._now = now
-        effects = [*map(RecordEnd, self._holding.tick(now)), *self._time_out()]
+        ends = [*self._holding.tick(now), *self._health.tick(now)]
+        effects = [*map(RecordEnd, ends), *self._time_out()]
         effects += self._tick_plan()
         if self._is_over() and not self.is_leaving:
             return [*effects, *self._drain("the time of the allocation is over")]
@@ -440,7 +513,8 @@ class Dispatcher:
         if self._policy.is_persistent or self._is_asking_prospect or not self._is_long_idle():
             return []
         self._is_asking_prospect = True
-        return [AskProspect()]
+        # Nothing runs that could tell whose fault the failed starts were.
+        return [*map(RecordEnd, self._health.clear()), AskProspect()]
 
     def _is_long_idle(self) -> bool:
         if self._runs or self._is_claiming or self._holding or self._idle_since is None:
@@ -464,7 +538,8 @@ class Dispatcher:
         if self._leaving is None or self._is_gone or self._runs or self._is_claiming:
             return []
         self._is_gone = True
-        return [Leave(self._leaving, is_lost=self._is_lost)]
+        ends = map(RecordEnd, self._health.clear())
+        return [*ends, Leave(self._leaving, is_lost=self._is_lost)]
 
     # ------------------------------------------------------------------ agreement with the store
 
@@ -485,6 +560,5 @@ class Dispatcher:
         for task_id, attempt in sorted(gone):
             run = self._run(task_id, attempt)
             if run is not None and run.ending is not Ending.LOST:
-                run.ending = Ending.LOST
-                effects.append(Terminate(task_id, is_forced=True))
+                effects += self._end(run, Ending.LOST, is_forced=True)
         return effects

@@ -42,6 +42,8 @@ class Started(Value, frozen=True, kw_only=True):
     id: int
     attempt: int
     at: datetime
+    #: Whether that is the program itself, and not an MPI launcher that may yet fail to start it.
+    is_certain: bool = True
 
 
 class CouldNotStart(Value, frozen=True, kw_only=True):
@@ -145,8 +147,16 @@ class LeaseLost(Value, frozen=True, kw_only=True):
     reason: str
 
 
+class Announced(Value, frozen=True, kw_only=True):
+    """A start is on record, before anything was started."""
+
+    id: int
+    attempt: int
+
+
 Event = (
     Claimed
+    | Announced
     | ClaimFailed
     | WorkRang
     | Started
@@ -178,6 +188,21 @@ class Launch(Value, frozen=True):
 
     claim: Claim
     placement: Placement
+
+
+class Announce(Value, frozen=True):
+    """Have a start put on record now; the task is launched when it is there."""
+
+    id: int
+    attempt: int
+    nodes: tuple[str, ...]
+
+
+class SetAside(Value, frozen=True):
+    """Say that a node gets no more tasks: what starts elsewhere does not start there."""
+
+    node: str
+    reason: str
 
 
 class Terminate(Value, frozen=True):
@@ -235,7 +260,9 @@ class Leave(Value, frozen=True):
 
 Effect = (
     Ask
+    | Announce
     | Launch
+    | SetAside
     | Terminate
     | Recall
     | RecordStart

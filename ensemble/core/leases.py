@@ -6,7 +6,7 @@ answer says what became of it (`Verdict`). The statements are in sql/functions.s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -100,6 +100,11 @@ class Lease:
         """Put on record what the launcher's largest node has; None is unknown."""
         async with wrapped():
             await self._pool.execute(queries()["set_resources"], self.launcher_id, cores, gpus)
+
+    async def set_aside(self, nodes: Mapping[str, str]) -> None:
+        """Put on record all nodes that get no more tasks, and why."""
+        async with wrapped():
+            await self._pool.execute(queries()["set_aside"], self.launcher_id, dict(nodes))
 
     async def claim(self, room: Room | SlotRoom, workflows: Sequence[int] | None) -> list[Claim]:
         """Take the best runnable tasks that fit *room*.

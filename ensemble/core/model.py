@@ -348,6 +348,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     mpi_flags: tuple[str, ...] = ()
     cpu_affinity: str | None = None
     parent_ids: tuple[int, ...] = ()
+    #: Its last launcher was lost, and it may have killed it. Its start is to be on record before it is
+    #: made: else a task that kills its launcher at once would never be known to have run.
+    is_suspect: bool = False
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -456,6 +459,8 @@ class Launcher:
     job_mode: str
     wf_filter: str | None
     nodes: tuple[str, ...]
+    #: Of these, those that get no more tasks, and why.
+    aside: Mapping[str, str]
     scheduler: str
     scheduler_job_id: str | None
     lease_state: str

@@ -20,12 +20,18 @@ class NodeBook:
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._nodes = tuple(nodes)
         self._free = set(range(len(self._nodes)))
+        self._aside: set[int] = set()
         self._held: dict[int, tuple[int, ...]] = {}
 
     @property
     def total(self) -> int:
-        """How many nodes there are."""
-        return len(self._nodes)
+        """How many nodes there are, without those set aside."""
+        return len(self._nodes) - len(self._aside)
+
+    @property
+    def held(self) -> int:
+        """How many nodes have a task."""
+        return sum(map(len, self._held.values()))
 
     @property
     def free(self) -> int:
@@ -48,14 +54,21 @@ class NodeBook:
 
     def release(self, task_id: int) -> None:
         """Take a task's nodes back."""
-        self._free.update(self._held.pop(task_id))
+        self._free.update(place for place in self._held.pop(task_id) if place not in self._aside)
+
+    def set_aside(self, name: str) -> None:
+        """Give a node to nobody any more; who has it keeps it."""
+        found = {i for i, node in enumerate(self._nodes) if node.name == name}
+        self._aside |= found
+        self._free -= found
 
     def validate(self) -> None:
-        """Raise AssertionError unless every node is free or held, by one task."""
+        """Raise AssertionError unless every node is free, set aside or held, by one task."""
         held = [i for places in self._held.values() for i in places]
         assert len(held) == len(set(held)), "a node is held twice"
-        assert not self._free & set(held), "a node is free and held"
-        assert self._free | set(held) == set(range(len(self._nodes))), "a node is lost"
+        assert not self._free & {*held, *self._aside}, "a node is free and held, or set aside"
+        known = self._free.union(held, self._aside)
+        assert known == set(range(len(self._nodes))), "a node is lost"
 
     def _choose(self, count: int) -> tuple[int, ...]:
         """Return the tightest run of neighbours that suffices, else the first free nodes.

@@ -42,6 +42,9 @@ class Plan(Protocol):
     def clear(self) -> list[Claim]:
         """Take out all that are kept."""
 
+    def set_aside(self, name: str) -> list[Pair]:
+        """Send nothing more to a node; return what waits there and has not started."""
+
     def release(self, task_id: int) -> None:
         """Nothing of a placed task runs any more."""
 

@@ -45,6 +45,7 @@ class Run:
     num_nodes: int
     time_limit_minutes: float | None
     placement: Placement
+    program: str
     started_at: datetime | None = None
     #: Counted from the first tick after the start, so that a limit is never enforced early.
     limit_at: float | None = None
@@ -59,6 +60,7 @@ class Run:
             num_nodes=claim.num_nodes,
             time_limit_minutes=claim.time_limit_minutes,
             placement=placement,
+            program=claim.argv[0],
         )
 
 
@@ -104,7 +106,7 @@ def end_of(run: Run, event: Ended) -> End:
     )
 
 
-def lost_with_node(run: Run, at: datetime, reason: str) -> End:
+def lost_with_node(run: Run, at: datetime | None, reason: str) -> End:
     """Return the end of a run whose node was lost, with everything that ran there."""
     outcome, cause, why = Outcome.LOST, Cause.NODE_LOST, reason
     match run.ending:

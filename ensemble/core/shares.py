@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 
+from ensemble.core.ahead import Ahead
 from ensemble.core.events import Pair
 from ensemble.core.model import Claim, Need, Node, Placement, SlotRoom, Vacancy
 from ensemble.core.packing import NodeQueue, SlotBook
@@ -72,6 +73,8 @@ class Shares:
         self._uncounted: dict[str, Place] = {}
         #: Tasks that are said to run.
         self._started: set[int] = set()
+        #: Tasks that are not sent ahead: they wait here for a place.
+        self._suspects = Ahead(0)
         self._known: dict[Need, Need] = {}
         self._kept: dict[tuple[int, Need], tuple[int, Need]] = {}
         self._up = 0
@@ -134,8 +137,8 @@ class Shares:
 
     @property
     def kept(self) -> frozenset[Pair]:
-        """Nothing: what waits does so at its pilot."""
-        return frozenset()
+        """Suspects without a place; what else waits does so at its pilot."""
+        return self._suspects.pairs
 
     def place(self, claim: Claim) -> Placement | None:
         """Choose a node: the freest that has room now, else one where little waits."""
@@ -144,7 +147,9 @@ class Shares:
             self._known.clear()
             self._kept.clear()
         need = self._known.setdefault(need, need)  # tasks are often alike: one value for all
-        place = self._place_now(claim.id, need) or self._place_ahead(claim.id, need)
+        place = self._place_now(claim.id, need)
+        if place is None and not claim.is_suspect:
+            place = self._place_ahead(claim.id, need)
         if place is None:
             return None
         kept = (claim.attempt, need)
@@ -153,19 +158,39 @@ class Shares:
         return place.placement
 
     def keep(self, claim: Claim) -> bool:
-        """Keep nothing here."""
-        return False
+        """Keep a suspect until it has a place of its own; of others, nothing."""
+        if claim.is_suspect:
+            if not self._suspects:
+                self._suspects.node_freed()  # it begins to wait now
+            self._suspects.add(claim)
+        return claim.is_suspect
 
-    def pop(self) -> None:
-        """Nothing is kept."""
+    def pop(self) -> tuple[Claim, Placement] | None:
+        """Take out a suspect that has a place now."""
+        for _ in range(min(len(self._suspects), _TRIED)):
+            claim = self._suspects.pop()
+            placement = self.place(claim)
+            if placement is not None:
+                return claim, placement
+            self._suspects.add(claim)
+        return None
 
     def take(self, pairs: Collection[Pair]) -> list[Claim]:
-        """Nothing is kept."""
-        return []
+        """Take out those of *pairs* that are kept."""
+        return self._suspects.take(pairs)
 
     def clear(self) -> list[Claim]:
-        """Nothing is kept."""
-        return []
+        """Take out all that are kept."""
+        return self._suspects.clear()
+
+    def set_aside(self, name: str) -> list[Pair]:
+        """Send nothing more to a node; return what waits there and has not started."""
+        self.suspend(name)
+        place = self._places.get(name)
+        if place is None:
+            return []
+        self._agree(place)
+        return [(task_id, place.tasks[task_id][0]) for task_id in place.queue.waiting]
 
     def release(self, task_id: int) -> None:
         """Take a task's part back, and let its node go on with what waits there, as its pilot does."""
@@ -236,7 +261,7 @@ class Shares:
                 recalled += [(id, place.tasks[id][0]) for id in place.queue.waiting]
         if recalled:
             self._usual_s = None
-        return [], recalled
+        return self._suspects.tick(), recalled
 
     def validate(self, placed: Collection[int]) -> None:
         """Raise AssertionError unless just these tasks are placed and every node's book is right."""

@@ -27,7 +27,7 @@ class WholeNodes:
     @property
     def busy(self) -> float:
         """How many nodes have a task."""
-        return self._book.total - self._book.free
+        return self._book.held
 
     @property
     def kept(self) -> frozenset[Pair]:
@@ -60,6 +60,11 @@ class WholeNodes:
     def clear(self) -> list[Claim]:
         """Take out all that were claimed ahead."""
         return self._ahead.clear()
+
+    def set_aside(self, name: str) -> list[Pair]:
+        """Give a node to nobody any more; nothing waits there."""
+        self._book.set_aside(name)
+        return []
 
     def release(self, task_id: int) -> None:
         """Take a task's nodes back."""

@@ -125,7 +125,7 @@ def launchers(found: Sequence[Launcher], now: datetime) -> None:
             launcher.pid,
             launcher.job_mode,
             launcher.wf_filter,
-            group_nodes(launcher.nodes),
+            _nodes(launcher),
             launcher.tasks,
             launcher.lease_state.lower(),
             f"{span((now - launcher.last_seen_at).total_seconds())} ago",
@@ -133,6 +133,11 @@ def launchers(found: Sequence[Launcher], now: datetime) -> None:
         for launcher in found
     ]
     write(header, rows)
+
+
+def _nodes(launcher: Launcher) -> str:
+    nodes = group_nodes(launcher.nodes)
+    return f"{nodes}, set aside: {group_nodes(tuple(launcher.aside))}" if launcher.aside else nodes
 
 
 def workflows(table: Mapping[str, Mapping[State, int]]) -> None:

@@ -24,6 +24,8 @@ from ensemble.core import listener
 from ensemble.core.backoff import Backoff
 from ensemble.core.dispatch import Dispatcher, Policy
 from ensemble.core.events import (
+    Announce,
+    Announced,
     Ask,
     AskHeld,
     AskProspect,
@@ -44,13 +46,25 @@ from ensemble.core.events import (
     Reconciled,
     RecordEnd,
     RecordStart,
+    SetAside,
+    Skipped,
     Terminate,
     Ticked,
     WorkRang,
 )
 from ensemble.core.leases import Lease
 from ensemble.core.listener import Listener
-from ensemble.core.model import Claim, End, JobMode, Node, Outcome, Room, SlotRoom, Unfit
+from ensemble.core.model import (
+    Claim,
+    End,
+    JobMode,
+    Node,
+    Outcome,
+    Room,
+    SlotRoom,
+    Start,
+    Unfit,
+)
 from ensemble.core.store import Store
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.errors import LaunchError, LeaseLostError, OutcomeUnknownError, StoreUnavailableError
@@ -126,6 +140,8 @@ class Launcher:
         self._largest = (0, 0)
         #: Why nothing can be run any more.
         self._failure: LaunchError | None = None
+        #: The nodes that get no more tasks, and why.
+        self._aside: dict[str, str] = {}
         #: How it ended and what it did: the last word of a batch job's launcher.
         self.record: dict[str, object] = {}
         self._trust = Trust(
@@ -223,8 +239,12 @@ class Launcher:
         match effect:
             case Ask(room):
                 self._spawn(self._ask(room))
+            case Announce():
+                self._spawn(self._announce(effect))
             case Launch():
                 self._runner.launch(effect)
+            case SetAside(node, reason):
+                self._set_aside(node, reason)
             case Terminate(task_id, is_forced):
                 self._runner.terminate(task_id, is_forced=is_forced)
             case Recall(pairs):
@@ -272,6 +292,24 @@ class Launcher:
                 self._is_filter_stale = True
                 raise
         return await self._lease.claim(room, self._workflows)
+
+    async def _announce(self, effect: Announce) -> None:
+        """Have a start on record before it is made."""
+        who = {"id": effect.id, "attempt": effect.attempt}
+        start = Start(**who, at=runtime.utc_now(), nodes=effect.nodes)
+        if await self._recorder.write_start(start):
+            self._post(Announced(**who))
+        else:
+            self._post(Skipped(**who, at=runtime.utc_now()))
+
+    def _set_aside(self, node: str, reason: str) -> None:
+        self._log.error("node.set_aside", node=node, reason=reason)
+        self._aside[node] = reason
+        self.record["set_aside"] = self._aside
+        self._spawn(self._tell_aside())
+
+    async def _tell_aside(self) -> None:
+        await self._try(self._lease.set_aside(self._aside))
 
     def _record_end(self, end: End) -> None:
         self._recorder.add_end(end)

@@ -36,6 +36,8 @@ class Recorder:
         self._on_written = on_written
         self._starts: dict[Pair, Start] = {}
         self._ends: dict[Pair, End] = {}
+        #: Those who wait for a start to be on record.
+        self._awaited: dict[Pair, asyncio.Future[bool]] = {}
         #: Starts that have waited for a batch: of a shorter run, start and end are one report.
         self._ripe: set[Pair] = set()
         self._last_pass = -math.inf
@@ -66,6 +68,15 @@ class Recorder:
         self._starts[start.id, start.attempt] = start
         self._wake()
 
+    async def write_start(self, start: Start) -> bool:
+        """Report a start at once; return whether it is on record: if not, it is not ours to make."""
+        pair = (start.id, start.attempt)
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._awaited[pair] = written
+        self._ripe.add(pair)
+        self.add_start(start)
+        return await written
+
     def add_end(self, end: End) -> None:
         """Report an end, soon. It carries the start with it, if that is still here."""
         pair = (end.id, end.attempt)
@@ -76,6 +87,7 @@ class Recorder:
             self._ripe.add(pair)
         else:
             self._starts.pop(pair, None)
+        self._answer(pair, is_written=False)
         self._ends[pair] = end
         self._wake()
 
@@ -152,6 +164,12 @@ class Recorder:
                 continue
             if waiting.get(pair) is report:  # a start may have become an end meanwhile
                 del waiting[pair]
+            self._answer(pair, is_written=verdict in (Verdict.APPLIED, Verdict.DUPLICATE))
             if verdict in (Verdict.FENCED, Verdict.MISSING):
                 self.fenced += verdict is Verdict.FENCED
                 self._log.warning("report.refused", task=pair[0], attempt=pair[1], verdict=verdict)
+
+    def _answer(self, pair: Pair, *, is_written: bool) -> None:
+        written = self._awaited.pop(pair, None)
+        if written is not None and not written.done():
+            written.set_result(is_written)

@@ -95,7 +95,8 @@ async def run_task(
     except LaunchError as error:
         post(CouldNotStart(id=claim.id, attempt=claim.attempt, at=utc_now(), reason=str(error)))
         return
-    post(Started(id=claim.id, attempt=claim.attempt, at=utc_now()))
+    is_certain = argv == list(claim.argv)
+    post(Started(id=claim.id, attempt=claim.attempt, at=utc_now(), is_certain=is_certain))
     ended = await _outlast(claim, argv, handle, ground, output)
     for delay_s in _AGAIN_S:
         if not _was_turned_away(argv, claim, ground, ended):

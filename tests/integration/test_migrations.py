@@ -72,7 +72,11 @@ async def test_a_database_of_the_first_release_is_brought_up_with_what_is_in_it(
         hashlib.sha256(text.encode()).hexdigest(),
     )
     await owner.execute(_OLD_LAUNCHER)
-    assert await migrate(fresh) == ["0002_batch_jobs.sql", "functions.sql"]
+    assert await migrate(fresh) == [
+        "0002_batch_jobs.sql",
+        "0003_nodes_aside.sql",
+        "functions.sql",
+    ]
     assert (
         await owner.fetchval("SELECT count(*) FROM pg_proc WHERE proname = 'register_launcher'")
         == 1

@@ -106,7 +106,7 @@ def detail(task: Task, **spec) -> TaskDetail:
 def launcher(mode: JobMode, nodes: int = 2, wf_filter: str | None = None) -> Launcher:
     return Launcher(
         id=1, lease_id=1, host="h", pid=1, job_mode=mode, wf_filter=wf_filter,
-        nodes=tuple(f"n{i}" for i in range(nodes)), scheduler="slurm", scheduler_job_id="7",
+        nodes=tuple(f"n{i}" for i in range(nodes)), scheduler="slurm", scheduler_job_id="7", aside={},
         lease_state="ACTIVE", started_at=NOW, ended_at=None, last_seen_at=NOW, tasks=0,
     )  # fmt: skip
 

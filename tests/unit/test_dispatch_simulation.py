@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from ensemble.core.dispatch import Dispatcher, Policy
 from ensemble.core.events import (
+    Announce,
+    Announced,
     Ask,
     AskProspect,
     Claimed,
@@ -31,6 +33,7 @@ from ensemble.core.events import (
     Reconciled,
     RecordEnd,
     RecordStart,
+    SetAside,
     Skipped,
     Started,
     Terminate,
@@ -55,6 +58,7 @@ class Row:
     attempt: int = 0
     is_held: bool = False
     tries_left: int = 2
+    is_suspect: bool = False
 
     @property
     def pair(self):
@@ -87,6 +91,9 @@ class World:
     lease_is_gone: bool = False
     loss_is_told: bool = False
     procs: dict[int, Proc] = field(default_factory=dict)
+    announced: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
+    on_record: set = field(default_factory=set)
+    aside: set[str] = field(default_factory=set)
     reports: dict = field(default_factory=dict)
     prospect_asked: bool = False
     reconciling: tuple | None = None
@@ -114,7 +121,7 @@ class World:
         if isinstance(event, LeaseLost):
             self.loss_is_told = True
         if isinstance(event, Ended | Skipped | CouldNotStart):
-            del self.procs[event.id]
+            self.procs.pop(event.id, None)  # none of a suspect that was refused
         effects = self.brain.handle(event)
         self.brain.validate()
         for effect in effects:
@@ -136,11 +143,22 @@ class World:
                 assert not taken & set(placement.names), "a node over-committed"
                 assert len(placement.nodes) == claim.num_nodes
                 assert (claim.id, claim.attempt) not in self.ends
+                assert not self.aside & set(placement.names) or claim.is_suspect
+                assert not claim.is_suspect or (claim.id, claim.attempt) in self.on_record
                 self.procs[claim.id] = Proc(claim, placement.names)
             case Terminate(task_id):
                 proc = self.procs[task_id]
                 proc.is_doomed = True
                 proc.was_signalled = proc.was_signalled or (proc.is_running and not proc.is_posted)
+            case Announce(task_id, attempt, nodes):
+                assert self.rows[task_id].is_suspect
+                taken = {name for proc in self.procs.values() for name in proc.nodes}
+                assert not (taken | self.aside) & set(nodes)
+                self.announced[task_id, attempt] = nodes
+            case SetAside(name):
+                assert name not in self.aside
+                self.aside.add(name)
+                assert len(self.aside) < self.nodes
             case RecordStart(start):
                 assert not self.loss_is_told
                 self.starts[start.id, start.attempt] += 1
@@ -169,7 +187,8 @@ class World:
     def add(self, n):
         task_id = len(self.rows) + 1
         limit = (None, None, 0.05)[n % 3]
-        self.rows[task_id] = Row(task_id, width=1 + n % 4 if n % 3 == 0 else 1, limit=limit)
+        width = 1 + n % 4 if n % 3 == 0 else 1
+        self.rows[task_id] = Row(task_id, width=width, limit=limit, is_suspect=n % 5 == 4)
         self.queue.append(WorkRang())
 
     def commit(self, _n):
@@ -198,6 +217,7 @@ class World:
                         workdir="d",
                         num_nodes=row.width,
                         time_limit_minutes=row.limit,
+                        is_suspect=row.is_suspect,
                     )
                 )
 
@@ -214,6 +234,20 @@ class World:
         if self.asked is not None and self.committed is None:
             self.asked = None
             self.queue.append(ClaimFailed())
+
+    def announce(self, n):
+        """A start is on record, or the store says that it is not ours."""
+        if not self.announced:
+            return
+        (task_id, attempt), _ = pair, _ = sorted(self.announced.items())[n % len(self.announced)]
+        del self.announced[pair]
+        row = self.rows[task_id]
+        if row.is_held and row.pair == pair:
+            row.state = "running" if row.state == "runnable" else row.state
+            self.on_record.add(pair)
+            self.queue.append(Announced(id=task_id, attempt=attempt))
+        else:
+            self.queue.append(Skipped(id=task_id, attempt=attempt, at=self.time))
 
     def _proc(self, n, *, is_running):
         found = [p for p in self.procs.values() if p.is_running is is_running and not p.is_posted]
@@ -251,7 +285,7 @@ class World:
                 at=EPOCH + timedelta(seconds=proc.began) + took,
                 status=status,
                 was_signalled=proc.was_signalled,
-                start_error="no such host" if status == 1 and n % 4 == 0 else None,
+                start_error="no such host" if status == 1 and n % 2 == 0 else None,
             )
         )
 
@@ -343,7 +377,7 @@ class World:
 
     # ---------------------------------------------------------------- a calm end
 
-    def settle(self):
+    def settle(self):  # noqa: C901 - a line for each thing that may be next
         """Let everything happen that is under way, and nothing else; no time passes."""
         for _ in range(2000):
             if self.left:
@@ -353,6 +387,8 @@ class World:
             elif self.asked is not None:
                 self.commit(0)
                 self.answer(1)
+            elif self.announced:
+                self.announce(0)
             elif (proc := self._proc(0, is_running=False)) is not None:
                 self.start(0)
             elif (proc := self._proc(0, is_running=True)) is not None:
@@ -369,7 +405,8 @@ class World:
             self.policy.deadline - self.now >= self.policy.min_useful_s
         )
         if has_time and not self.brain.is_leaving:
-            assert not [r for r in ready if r.width <= self.nodes], "a task that fits is left"
+            nodes = self.nodes - len(self.aside)
+            assert not [r for r in ready if r.width <= nodes], "a task that fits is left"
 
 
 def rest(_world, _n):
@@ -379,6 +416,7 @@ def rest(_world, _n):
 ACTIONS = (
     [rest]
     + [World.add, World.commit, World.answer, World.start, World.end, World.write] * 3
+    + [World.announce] * 2
     + [World.tick, World.reconcile, World.kill, World.read_doomed, World.tell_doomed] * 2
     + [World.fail_ask, World.foresee, World.revoke]
 )

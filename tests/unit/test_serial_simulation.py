@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from ensemble.core.dispatch import Dispatcher, Policy
 from ensemble.core.events import (
+    Announce,
+    Announced,
     Ask,
     AskProspect,
     Claimed,
@@ -36,6 +38,7 @@ from ensemble.core.events import (
     Reconciled,
     RecordEnd,
     RecordStart,
+    SetAside,
     Skipped,
     Started,
     Terminate,
@@ -90,6 +93,7 @@ class Row:
             argv=("t",),
             workdir="d",
             time_limit_minutes=self.limit,
+            is_suspect=self.id % 6 == 5,
             **KINDS[self.kind],
         )
 
@@ -149,6 +153,9 @@ class World:
         self.numbers = {name: i for i, name in enumerate(self.missing)}
         self.of: dict[int, tuple[Pilot, int]] = {}
         self.rows: dict[int, Row] = {}
+        self.announced: set[tuple[int, int]] = set()
+        self.on_record = set()
+        self.aside: set[str] = set()
         self.asked: SlotRoom | None = None
         self.committed: list[Claim] | None = None
         self.reports = {}
@@ -188,6 +195,10 @@ class World:
             case Launch(claim, placement):
                 (name,) = placement.names
                 assert (claim.id, claim.attempt) not in self.ends
+                assert name not in self.aside or claim.is_suspect
+                assert not claim.is_suspect or (claim.id, claim.attempt) in self.on_record
+                if name not in self.pilots:
+                    return  # lost a moment ago: the brain will hear of it next
                 pilot = self.pilots[name]
                 self.of[claim.id] = (pilot, claim.attempt)
                 self.tell(pilot, ("run", claim))
@@ -200,6 +211,10 @@ class World:
                     pilot, known = self.of.get(task_id, (None, 0))
                     if known == attempt:
                         self.tell(pilot, ("recall", (task_id, attempt)))
+            case Announce(task_id, attempt):
+                self.announced.add((task_id, attempt))
+            case SetAside(name):
+                self.aside.add(name)
             case RecordStart(start):
                 assert not self.loss_is_told
                 self.starts[start.id, start.attempt] += 1
@@ -248,6 +263,7 @@ class World:
     def join(self, n):
         if self.missing:
             name = self.missing.pop(n % len(self.missing))
+            self.aside.discard(name)
             self.pilots[name] = Pilot(name, self.numbers[name])
             self.queue.append(self.pilots[name].join())
 
@@ -392,6 +408,20 @@ class World:
         else:
             self.queue.append(ClaimFailed() if n % 5 == 0 else Claimed(claims=claims))
 
+    def announce(self, n):
+        """A start is on record, or the store says that it is not ours."""
+        if not self.announced:
+            return
+        pair = sorted(self.announced)[n % len(self.announced)]
+        self.announced.remove(pair)
+        row = self.rows[pair[0]]
+        if row.is_held and row.pair == pair:
+            row.state = "running" if row.state == "runnable" else row.state
+            self.on_record.add(pair)
+            self.queue.append(Announced(id=pair[0], attempt=pair[1]))
+        else:
+            self.queue.append(Skipped(id=pair[0], attempt=pair[1], at=self.time))
+
     def write(self, _n):
         """The reports reach the store."""
         for pair, end in self.reports.items():
@@ -461,6 +491,8 @@ class World:
                 self.handle()
             elif any(p.is_silent for p in self.pilots.values()):
                 self.bury(0)
+            elif self.announced:
+                self.announce(0)
             elif found := [i for i, p in pilots if p.inbox]:
                 self.read(found[0])
             elif found := [i for i, p in pilots if p.report != Reporting()]:
@@ -486,7 +518,8 @@ class World:
         if not self.brain.is_leaving:
             for row in ready:
                 need = need_of(row.claim)
-                fits = [p.name for p in self.pilots.values() if p.queue.book.could_ever(need)]
+                pilots = [p for p in self.pilots.values() if p.name not in self.aside]
+                fits = [p.name for p in pilots if p.queue.book.could_ever(need)]
                 assert not fits, f"{row} is left, and would fit {fits}"
 
 
@@ -525,7 +558,7 @@ def rest(_world, _n):
 ACTIONS = [
     rest,
     *[World.add, World.commit, World.answer, World.read, World.end, World.report, World.hear] * 4,
-    *[World.write, World.tick, World.read, World.join] * 2,
+    *[World.write, World.tick, World.read, World.join, World.announce] * 2,
     *[World.kill, World.reconcile, World.silence, World.bury, World.foresee],
 ]
 STEPS = st.lists(

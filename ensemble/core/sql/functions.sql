@@ -401,7 +401,7 @@ CREATE TYPE claimed AS (
   num_nodes int, ranks_per_node int, threads_per_rank int, threads_per_core int,
   gpus_per_rank int, memory_mb int, node_packing_count int, wall_time_minutes int,
   time_limit_minutes double precision, output text, environ jsonb, env_script text,
-  mpi_flags text[], cpu_affinity text, parent_ids bigint[]
+  mpi_flags text[], cpu_affinity text, parent_ids bigint[], is_suspect boolean
 );
 
 -- hand_over(lease, ids): takes what a claim has locked, opens the attempts, and returns the tasks
@@ -423,7 +423,12 @@ BEGIN
            k.ranks_per_node, n.threads_per_rank, n.threads_per_core, n.gpus_per_rank, n.memory_mb,
            n.node_packing_count, k.wall_time_minutes, s.time_limit_minutes, s.output, s.environ,
            s.env_script, s.mpi_flags, s.cpu_affinity,
-           ARRAY (SELECT p.parent_id FROM task_parent p WHERE p.child_id = k.id ORDER BY 1)
+           ARRAY (SELECT p.parent_id FROM task_parent p WHERE p.child_id = k.id ORDER BY 1),
+           -- It may be what its last launcher died of.
+           k.attempt > 1 AND coalesce('launcher lost' = (
+             SELECT b.cause FROM attempt b
+              WHERE b.task_id = k.id AND b.outcome <> 'given back'
+              ORDER BY b.attempt DESC LIMIT 1), false)
       FROM taken k
       JOIN task_spec s ON s.task_id = k.id
       JOIN workflow w ON w.id = k.workflow_id

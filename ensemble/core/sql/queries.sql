@@ -198,7 +198,7 @@ SELECT e.id, e.task_id, e.at, e.from_state, e.to_state, e.attempt, e.lease_id, e
  LIMIT $5
 
 -- select_launchers(only_live)
-SELECT r.id, l.id AS lease_id, r.host, r.pid, r.job_mode, r.wf_filter, r.nodes, r.scheduler,
+SELECT r.id, l.id AS lease_id, r.host, r.pid, r.job_mode, r.wf_filter, r.nodes, r.aside, r.scheduler,
        r.scheduler_job_id, l.state AS lease_state, r.started_at, r.ended_at,
        l.renewed_at AS last_seen_at,
        (SELECT count(*) FROM task t WHERE t.lease_id = l.id) AS tasks
@@ -238,6 +238,10 @@ RETURNING pg_postmaster_start_time() AS server_started_at
 
 -- set_resources(launcher, cores, gpus)
 UPDATE launcher SET node_cores = $2, node_gpus = $3 WHERE id = $1
+
+-- set_aside(launcher, nodes)
+-- All that get no more tasks, each with its reason.
+UPDATE launcher SET aside = $2 WHERE id = $1
 
 -- select_held(lease)
 -- What the store says this lease holds; compared with what the launcher knows.
