@@ -44,10 +44,12 @@ from ensemble.errors import IllegalMoveError, NotFoundError, UsageError
 #: The name of a check is that of its query.
 CHECKS = (
     "check_orphans",
+    "check_specs",
     "check_shapes",
     "check_open_attempts",
     "check_successes",
     "check_overlaps",
+    "check_attempts",
     "check_counters",
     "check_histories",
     "check_stuck",

@@ -592,10 +592,19 @@ UPDATE service
 -- ================================================================ invariants: `ensemble db check`
 
 -- check_orphans()
--- held implies a live lease, or one that is about to be swept
-SELECT t.id, 'held by lease ' || t.lease_id || ', which does not exist' AS problem
+-- held, and so also running, implies a live lease, or one that is about to be swept
+SELECT t.id, 'held by lease ' || t.lease_id || CASE
+         WHEN l.id IS NULL OR l.swept THEN ', which does not exist'
+         ELSE ', which was closed long ago: a launcher or the service would give it back' END AS problem
   FROM task t LEFT JOIN lease l ON l.id = t.lease_id
- WHERE t.lease_id IS NOT NULL AND (l.id IS NULL OR l.swept)
+ WHERE t.lease_id IS NOT NULL
+   AND (l.id IS NULL OR l.swept OR l.closed_at < clock_timestamp() - interval '10 minutes')
+
+-- check_specs()
+-- what it takes to run a task is on record
+SELECT t.id, 'has no command on record' AS problem
+  FROM task t LEFT JOIN task_spec s ON s.task_id = t.id
+ WHERE s.task_id IS NULL
 
 -- check_shapes()
 -- what a task needs of a node is on record
@@ -623,6 +632,20 @@ SELECT a.task_id AS id, 'attempts ' || a.attempt || ' and ' || b.attempt || ' ov
   FROM attempt a JOIN attempt b ON b.task_id = a.task_id AND b.attempt > a.attempt
  WHERE b.claimed_at < a.ended_at OR a.ended_at IS NULL
 
+-- check_attempts()
+-- attempts are numbered without a gap, and no task counts more failures than it had
+SELECT t.id, 'is at attempt ' || t.attempt || ', ' || count(a.*) || ' are on record' AS problem
+  FROM task t LEFT JOIN attempt a ON a.task_id = t.id
+ GROUP BY t.id, t.attempt
+HAVING count(a.*) <> t.attempt OR coalesce(max(a.attempt), 0) <> t.attempt
+ UNION ALL
+SELECT t.id, 'counts ' || t.failures + t.timeouts + t.losses || ' attempts that failed, timed out or '
+             || 'were lost, more than are on record'
+  FROM task t
+ WHERE t.failures + t.timeouts + t.losses > (
+         SELECT count(*) FROM attempt a
+          WHERE a.task_id = t.id AND a.outcome IN ('error', 'timeout', 'lost'))
+
 -- check_counters()
 -- waiting children count their parents right
 SELECT c.id, 'waits for ' || c.pending_parents || ' parents, in truth ' || count(p.id) AS problem
@@ -648,8 +671,13 @@ SELECT t.id, 'has no history and is ' || t.state
  WHERE t.state <> 'CREATED' AND NOT EXISTS (SELECT 1 FROM event e WHERE e.task_id = t.id)
 
 -- check_stuck()
--- nothing waits for parents that can never finish
+-- nothing waits for parents that can never finish, or in a state that nobody moves on
 SELECT c.id, 'waits for a parent that failed' AS problem
   FROM task c JOIN task_parent e ON e.child_id = c.id AND e.waits
   JOIN task p ON p.id = e.parent_id AND p.state IN ('FAILED', 'USER_KILLED')
  WHERE c.state = 'AWAITING_PARENTS'
+ UNION ALL
+SELECT t.id, 'is ' || t.state || ', and nobody will move it on'
+  FROM task t
+ WHERE t.lease_id IS NULL
+   AND t.state IN ('CREATED', 'READY', 'STAGED_IN', 'RUN_DONE', 'POSTPROCESSED', 'RUN_ERROR', 'RUN_TIMEOUT')
