@@ -83,6 +83,8 @@ _SURE = timedelta(seconds=10)
 class Policy:
     """What a dispatcher goes by. All in seconds; instants are monotonic."""
 
+    #: How many nodes there are, or will be.
+    nodes: int = 1
     #: When everything must have been ended; None is never.
     deadline: float | None = None
     min_useful_s: float = 60.0
@@ -104,7 +106,7 @@ class Dispatcher:
         #: Of these, suspects whose start is not on record yet: they are not launched.
         self._unannounced: dict[int, Claim] = {}
         self._holding = Holding(policy.signal_hold_s)
-        self._health = Health()
+        self._health = Health(policy.nodes)
         self._is_claiming = False
         #: Something changed since we asked: an empty answer is not the last word.
         self._ask_again = False
@@ -198,9 +200,10 @@ class Dispatcher:
         """Raise AssertionError unless the invariants hold."""
         self._plan.validate(self._runs.keys())
         assert all(run.id == task_id for task_id, run in self._runs.items())
-        ended = [*self._holding.pairs, *self._health.pairs]
-        held = [*self._runs, *(task_id for task_id, _ in [*self._plan.kept, *ended])]
+        held = [*self._runs, *(task_id for task_id, _ in self._plan.kept)]
         assert len(held) == len(set(held)), "a task is held twice"
+        ended = {*self._holding.pairs, *self._health.pairs}
+        assert ended.isdisjoint((run.id, run.attempt) for run in self._runs.values())
         assert self._unannounced.keys() <= self._runs.keys(), "what was given up is to be launched"
         assert not (self._is_gone and held), "left with tasks"
 
@@ -371,16 +374,18 @@ class Dispatcher:
         """Report a failed start, or hold it back: it may be the node that fails."""
         if self.is_leaving or run.ending is not None:
             return [RecordEnd(end)]
-        others = self._plan.total - run.num_nodes
         effects = self._note_long_runs(run.program, end.at)
-        ends, bad = self._health.fails(run.program, end, others=others)
-        effects += map(RecordEnd, ends)
-        for name in bad:
-            waiting = self._plan.set_aside(name)
-            effects.append(SetAside(name, self._health.aside[name]))
-            if waiting:
-                effects.append(Recall(tuple(waiting)))
-        return effects
+        aside = self._health.aside
+        before = set(aside)
+        effects += map(RecordEnd, self._health.fails(run.program, end))
+        if aside.keys() == before:
+            return effects
+        for name in before.difference(aside):
+            self._plan.readmit(name)
+        waiting = [pair for name in aside.keys() - before for pair in self._plan.set_aside(name)]
+        if waiting:
+            effects.append(Recall(tuple(waiting)))
+        return [*effects, SetAside(dict(aside))]
 
     def _note_long_runs(self, program: str, now: datetime | None) -> list[Effect]:
         """Take in that a program runs where its MPI launcher has not failed for so long."""

@@ -5,6 +5,7 @@ Which effect answers with which event is said in dispatch.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 
 import msgspec
@@ -199,10 +200,9 @@ class Announce(Value, frozen=True):
 
 
 class SetAside(Value, frozen=True):
-    """Say that a node gets no more tasks: what starts elsewhere does not start there."""
+    """Say which nodes get no more tasks, as what starts elsewhere does not start there."""
 
-    node: str
-    reason: str
+    nodes: Mapping[str, str]
 
 
 class Terminate(Value, frozen=True):

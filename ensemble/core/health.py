@@ -4,6 +4,9 @@ A node without its file system fails a task in a millisecond and takes the next:
 ensemble within minutes. A missing program fails just so, but everywhere: what tells the two apart is
 that the program runs on another node. A failure that may be its node's fault is held back until it is
 known whose it was; tasks that such a node failed run elsewhere.
+
+What ails more than a few nodes is no fault of theirs (a disk that is full, a program that was removed):
+then all are trusted again.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ import msgspec
 from ensemble.core.events import Pair
 from ensemble.core.model import Cause, End, Outcome
 
-#: A node that fails so many tasks in a row is set aside.
+#: A node that fails so many tasks in a row is set aside; twice as many after each time that was wrong.
 LIMIT = 3
+#: The part of the nodes that may be set aside, one at least.
+_PART = 4
 #: After so many seconds without another word, a failure is its task's own.
 _HOLD_S = 5.0
 #: How many programs are remembered.
 _PROGRAMS = 1024
+#: How many failures of programs that ran nowhere yet are held back.
+_DOUBTS = 256
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,14 +44,21 @@ class _Doubt:
 class Health:
     """The nodes of a launcher, as far as starts there tell."""
 
-    def __init__(self) -> None:
-        """Trust all nodes."""
-        #: Up to two nodes on which each program has run.
+    def __init__(self, nodes: int) -> None:
+        """Trust all nodes.
+
+        Args:
+            nodes: How many there are, or will be.
+        """
+        self._nodes = nodes
+        #: Up to two nodes on which each program has run; and, of those that ran nowhere, has failed.
         self._ran_on: dict[str, tuple[str, ...]] = {}
+        self._failed_on: dict[str, tuple[str, ...]] = {}
         #: How many starts in a row have failed on each node.
         self._failed: dict[str, int] = {}
         self._doubts: list[_Doubt] = []
-        #: The nodes that were set aside, and why.
+        self._limit = LIMIT
+        #: The nodes that are set aside, and why.
         self.aside: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -57,48 +71,60 @@ class Health:
 
     def runs(self, program: str, nodes: Sequence[str]) -> list[End]:
         """Take in that a program runs on nodes; return the failures that are not their fault."""
-        known = self._ran_on.get(program, ())
-        if len(known) < 2 and known[:1] != tuple(nodes[:1]):
-            if len(self._ran_on) >= _PROGRAMS:
-                self._ran_on.clear()
-            self._ran_on[program] = (*known, *nodes)[:2]
+        _note(self._ran_on, program, nodes)
         if not self._failed:
             return []
-        for node in nodes:
-            self._failed.pop(node, None)
+        cleared = [node for node in nodes if self._failed.pop(node, 0)]
+        if not cleared:
+            return []
         for doubt in self._doubts:
-            doubt.nodes.difference_update(nodes)
+            doubt.nodes.difference_update(cleared)
         return self._take(lambda doubt: not doubt.nodes)
 
-    def fails(self, program: str, end: End, *, others: int) -> tuple[list[End], list[str]]:
-        """Take in that a program could not be started.
+    def fails(self, program: str, end: End) -> list[End]:
+        """Take in that a program could not be started; return what to report now.
+
+        `aside` may be another afterwards.
 
         Args:
             program: What was to be started.
             end: The report of that, with its nodes.
-            others: How many nodes there would be without these.
-
-        Returns:
-            What to report now, and the nodes to set aside.
         """
         nodes = set(end.nodes)
         if not nodes.isdisjoint(self.aside):
-            return [self._as_lost(end)], []
-        if others <= 0 or nodes.issuperset(self._ran_on.get(program, ())):
-            return [end], []
+            return [self._as_lost(end)]
+        if self._nodes <= len(nodes) or self._is_its_own(program, nodes):
+            return [end]
         self._doubts.append(_Doubt(end=end, nodes=nodes))
         for node in end.nodes:
             self._failed[node] = self._failed.get(node, 0) + 1
-        bad = [node for node in end.nodes if self._failed[node] >= LIMIT]
+        if program not in self._ran_on:
+            return []
+        bad = [node for node in end.nodes if self._failed[node] >= self._limit]
+        if not bad:
+            return []
+        if len(self.aside) + len(bad) > min(max(self._nodes // _PART, 1), self._nodes - 1):
+            return self._forgive()
         for node in bad:
-            del self._failed[node]
             self.aside[node] = (
-                f"{node} was set aside: {LIMIT} tasks in a row that start elsewhere could not "
-                f"start there, the last: {end.reason}"
+                f"{node} was set aside: {self._failed.pop(node)} tasks in a row that start "
+                f"elsewhere could not start there, the last: {end.reason}"
             )
-        return [
-            self._as_lost(end) for end in self._take(lambda d: not d.nodes.isdisjoint(bad))
-        ], bad
+        return [self._as_lost(end) for end in self._take(lambda d: not d.nodes.isdisjoint(bad))]
+
+    def _is_its_own(self, program: str, nodes: set[str]) -> bool:
+        """Tell whether a failure is plainly its task's own fault."""
+        if program in self._ran_on:
+            return nodes.issuperset(self._ran_on[program])
+        _note(self._failed_on, program, sorted(nodes))
+        return len(self._failed_on[program]) > 1 or len(self._doubts) >= _DOUBTS
+
+    def _forgive(self) -> list[End]:
+        """Trust all nodes again: it was the tasks, or what all nodes share."""
+        self._limit *= 2
+        self._failed.clear()
+        self.aside.clear()
+        return self.clear()
 
     def trust(self, node: str) -> None:
         """Let a node begin anew."""
@@ -125,3 +151,12 @@ class Health:
     def _as_lost(self, end: End) -> End:
         why = next(self.aside[node] for node in end.nodes if node in self.aside)
         return msgspec.structs.replace(end, outcome=Outcome.LOST, cause=Cause.NODE_LOST, reason=why)
+
+
+def _note(known: dict[str, tuple[str, ...]], program: str, nodes: Sequence[str]) -> None:
+    """Remember one or two nodes of a program."""
+    found = known.get(program, ())
+    if len(found) < 2 and found != tuple(nodes):
+        if len(known) >= _PROGRAMS:
+            known.clear()
+        known[program] = tuple(dict.fromkeys((*found, *nodes)))[:2]

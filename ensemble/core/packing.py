@@ -58,9 +58,18 @@ class NodeBook:
 
     def set_aside(self, name: str) -> None:
         """Give a node to nobody any more; who has it keeps it."""
-        found = {i for i, node in enumerate(self._nodes) if node.name == name}
+        found = self._find(name)
         self._aside |= found
         self._free -= found
+
+    def readmit(self, name: str) -> None:
+        """Give a node away again that was set aside."""
+        found = self._find(name) & self._aside
+        self._aside -= found
+        self._free |= found.difference(*self._held.values())
+
+    def _find(self, name: str) -> set[int]:
+        return {i for i, node in enumerate(self._nodes) if node.name == name}
 
     def validate(self) -> None:
         """Raise AssertionError unless every node is free, set aside or held, by one task."""

@@ -45,6 +45,9 @@ class Plan(Protocol):
     def set_aside(self, name: str) -> list[Pair]:
         """Send nothing more to a node; return what waits there and has not started."""
 
+    def readmit(self, name: str) -> None:
+        """Use a node again that was set aside."""
+
     def release(self, task_id: int) -> None:
         """Nothing of a placed task runs any more."""
 

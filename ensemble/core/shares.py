@@ -77,6 +77,8 @@ class Shares:
         self._suspects = Ahead(0)
         self._known: dict[Need, Need] = {}
         self._kept: dict[tuple[int, Need], tuple[int, Need]] = {}
+        #: Nodes that get nothing more, though their pilots are there.
+        self._aside: set[str] = set()
         self._up = 0
         self._free = 0.0
         self._waiting = 0
@@ -98,7 +100,11 @@ class Shares:
         self._changed(place, is_freer=True)
 
     def suspend(self, name: str) -> None:
-        """Send nothing more to a node; what it has stays in the book."""
+        """Send nothing more to a node that cannot be reached; what it has stays in the book."""
+        self._aside.discard(name)
+        self._take_down(name)
+
+    def _take_down(self, name: str) -> None:
         place = self._places.get(name)
         if place is None or not place.is_up:
             return
@@ -127,8 +133,8 @@ class Shares:
 
     @property
     def total(self) -> int:
-        """How many nodes have a pilot."""
-        return len(self._places)
+        """How many nodes have a pilot, without those set aside."""
+        return len(self._places) - len(self._aside)
 
     @property
     def busy(self) -> float:
@@ -185,12 +191,25 @@ class Shares:
 
     def set_aside(self, name: str) -> list[Pair]:
         """Send nothing more to a node; return what waits there and has not started."""
-        self.suspend(name)
         place = self._places.get(name)
-        if place is None:
+        if place is None or not place.is_up:
             return []
         self._agree(place)
+        self._take_down(name)
+        self._aside.add(name)
         return [(task_id, place.tasks[task_id][0]) for task_id in place.queue.waiting]
+
+    def readmit(self, name: str) -> None:
+        """Use a node again that was set aside, if its pilot is still there."""
+        if name not in self._aside:
+            return
+        self._aside.remove(name)
+        place = self._places[name]
+        place.is_up = True
+        place.free, place.waits = 0.0, 0
+        self._up += 1
+        self._kinds.exchange(None, place.queue.book.whole)
+        self._changed(place, is_freer=True)
 
     def release(self, task_id: int) -> None:
         """Take a task's part back, and let its node go on with what waits there, as its pilot does."""

@@ -66,6 +66,10 @@ class WholeNodes:
         self._book.set_aside(name)
         return []
 
+    def readmit(self, name: str) -> None:
+        """Use a node again that was set aside."""
+        self._book.readmit(name)
+
     def release(self, task_id: int) -> None:
         """Take a task's nodes back."""
         self._book.release(task_id)

@@ -258,6 +258,7 @@ def _policy(
     left_s: float | None,
 ) -> Policy:
     return Policy(
+        nodes=len(allocation.nodes),
         deadline=None if left_s is None else runtime.boottime_s() + left_s,
         min_useful_s=settings.min_useful_s
         if allocation.ends_at is None or left_s is None

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
@@ -141,7 +141,7 @@ class Launcher:
         #: Why nothing can be run any more.
         self._failure: LaunchError | None = None
         #: The nodes that get no more tasks, and why.
-        self._aside: dict[str, str] = {}
+        self._aside: Mapping[str, str] = {}
         #: How it ended and what it did: the last word of a batch job's launcher.
         self.record: dict[str, object] = {}
         self._trust = Trust(
@@ -243,8 +243,8 @@ class Launcher:
                 self._spawn(self._announce(effect))
             case Launch():
                 self._runner.launch(effect)
-            case SetAside(node, reason):
-                self._set_aside(node, reason)
+            case SetAside(nodes):
+                self._set_aside(nodes)
             case Terminate(task_id, is_forced):
                 self._runner.terminate(task_id, is_forced=is_forced)
             case Recall(pairs):
@@ -302,10 +302,13 @@ class Launcher:
         else:
             self._post(Skipped(**who, at=runtime.utc_now()))
 
-    def _set_aside(self, node: str, reason: str) -> None:
-        self._log.error("node.set_aside", node=node, reason=reason)
-        self._aside[node] = reason
-        self.record["set_aside"] = self._aside
+    def _set_aside(self, nodes: Mapping[str, str]) -> None:
+        for node in self._aside.keys() - nodes.keys():
+            self._log.warning("node.readmitted", node=node, reason="others fail as well")
+        for node in nodes.keys() - self._aside.keys():
+            self._log.error("node.set_aside", node=node, reason=nodes[node])
+        self._aside = nodes
+        self.record["set_aside"] = dict(nodes)
         self._spawn(self._tell_aside())
 
     async def _tell_aside(self) -> None:

@@ -57,7 +57,7 @@ async def test_a_node_without_its_file_system_is_set_aside_and_its_tasks_run_els
     assert len(launched.events("node.set_aside")) == 1
     states = await ens.store.task_states(Selector(ids=tuple(ids)))
     assert set(states.values()) == {State.JOB_FINISHED}, "a task failed for its node"
-    lost = await ens.store.pool.fetch("SELECT cause, reason FROM attempt WHERE outcome <> 'done'")
+    lost = await ens.store.pool.fetch("SELECT cause, reason FROM attempt WHERE outcome = 'lost'")
     assert lost
     assert {row["cause"] for row in lost} == {Cause.NODE_LOST}
     assert all("was set aside" in row["reason"] for row in lost)

@@ -7,7 +7,7 @@ not yet written, processes. `World` checks every effect as it comes; the test ch
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -155,9 +155,8 @@ class World:
                 taken = {name for proc in self.procs.values() for name in proc.nodes}
                 assert not (taken | self.aside) & set(nodes)
                 self.announced[task_id, attempt] = nodes
-            case SetAside(name):
-                assert name not in self.aside
-                self.aside.add(name)
+            case SetAside(nodes):
+                self.aside = set(nodes)
                 assert len(self.aside) < self.nodes
             case RecordStart(start):
                 assert not self.loss_is_told
@@ -449,7 +448,7 @@ POLICIES = st.builds(
 def test_whatever_happens_tasks_are_run_once_reported_once_and_the_launcher_leaves(
     nodes, tasks, is_quick, policy, steps, fate
 ):
-    world = World(nodes, policy, is_quick)
+    world = World(nodes, replace(policy, nodes=nodes), is_quick)
     for n in range(tasks):
         world.add(n)
     blow, moment = fate

@@ -9,7 +9,7 @@ was reported once.
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 
@@ -213,8 +213,8 @@ class World:
                         self.tell(pilot, ("recall", (task_id, attempt)))
             case Announce(task_id, attempt):
                 self.announced.add((task_id, attempt))
-            case SetAside(name):
-                self.aside.add(name)
+            case SetAside(nodes):
+                self.aside = set(nodes)
             case RecordStart(start):
                 assert not self.loss_is_told
                 self.starts[start.id, start.attempt] += 1
@@ -590,7 +590,7 @@ POLICIES = st.builds(
 def test_whatever_happens_tasks_are_run_once_reported_once_and_the_launcher_leaves(
     nodes, tasks, is_quick, policy, steps, fate
 ):
-    world = World(nodes, policy, is_quick=is_quick)
+    world = World(nodes, replace(policy, nodes=nodes), is_quick=is_quick)
     for n in range(tasks):
         world.add(n * 5)
     for _ in range(nodes // 2 + 1):

@@ -1028,7 +1028,9 @@ BEGIN
     SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
   RETURN QUERY
     WITH report AS MATERIALIZED (
-      SELECT i.id, i.attempt, i.at, i.nodes,
+      SELECT i.id, i.attempt, i.nodes,
+             -- No clock of a launcher makes an attempt begin before its claim, or later than now.
+             least(greatest(i.at, a.claimed_at), clock_timestamp()) AS at,
              CASE WHEN a.task_id IS NULL AND t.id IS NULL THEN 'missing'
                   WHEN a.task_id IS NULL OR a.lease_id <> p_lease OR NOT v_live THEN 'fenced'
                   WHEN a.started_at IS NOT NULL OR a.ended_at IS NOT NULL THEN 'duplicate'
@@ -1038,12 +1040,11 @@ BEGIN
         LEFT JOIN ensemble.attempt a ON a.task_id = i.id AND a.attempt = i.attempt
         LEFT JOIN task t ON t.id = i.id
     ), begun AS (
-      UPDATE ensemble.attempt a SET started_at = least(r.at, clock_timestamp()), nodes = string_to_array(r.nodes, ',')
+      UPDATE ensemble.attempt a SET started_at = r.at, nodes = string_to_array(r.nodes, ',')
         FROM report r
        WHERE r.verdict = 'applied' AND a.task_id = r.id AND a.attempt = r.attempt
     ), moved AS (
-      UPDATE task t SET started_at = least(r.at, clock_timestamp()), ended_at = NULL,
-             exit_code = NULL,
+      UPDATE task t SET started_at = r.at, ended_at = NULL, exit_code = NULL,
              state = CASE WHEN t.state IN ('PREPROCESSED', 'RESTART_READY') THEN 'RUNNING'
                           ELSE t.state END
         FROM report r
@@ -1137,8 +1138,12 @@ BEGIN
     SELECT i.id, i.attempt, i.nodes,
            -- What is on record as started was not given back unstarted: it is lost.
            CASE WHEN k.is_lost THEN 'lost' ELSE i.outcome END AS outcome,
-           -- No clock of a launcher makes an attempt outlive its hold.
-           least(i.at, clock_timestamp()) AS at, CASE WHEN i.started IS NOT NULL THEN least(i.started, clock_timestamp()) END AS started,
+           -- No clock of a launcher makes an attempt begin before its claim or outlive its hold.
+           CASE WHEN i.at IS NULL THEN clock_timestamp()
+                ELSE least(greatest(i.at, i.started, a.started_at, a.claimed_at), clock_timestamp())
+                END AS at,
+           CASE WHEN i.started IS NOT NULL
+                THEN least(greatest(i.started, a.claimed_at), clock_timestamp()) END AS started,
            i.code, CASE WHEN k.is_lost THEN 'launcher lost' ELSE i.cause END AS cause,
            CASE WHEN k.is_lost THEN coalesce(i.reason, 'given back after its start') ELSE i.reason END AS reason,
            i.error, i.output, t.state AS was,
