@@ -290,7 +290,11 @@ class Dispatcher:
                 self._plan.suspend(event.node)
                 return []
             case PilotLost():
-                return self._lose_tasks(self._plan.remove(event.node), event)
+                effects = self._lose_tasks(self._plan.remove(event.node), event)
+                if event.is_final:
+                    self._health.give_up(event.node, event.reason)
+                    effects.append(SetAside(dict(self._health.aside)))
+                return effects
             case PilotJoined():
                 self._health.trust(event.node.name)
                 self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))

@@ -106,6 +106,8 @@ class PilotLost(Value, frozen=True, kw_only=True):
     node: str
     at: datetime
     reason: str
+    #: Whether the node gets no other one.
+    is_final: bool = False
 
 
 class KillAsked(Value, frozen=True, kw_only=True):

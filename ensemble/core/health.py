@@ -126,6 +126,11 @@ class Health:
         self.aside.clear()
         return self.clear()
 
+    def give_up(self, node: str, reason: str) -> None:
+        """Set a node aside that is lost again and again."""
+        self._failed.pop(node, None)
+        self.aside[node] = f"{node} was set aside: {reason}"
+
     def trust(self, node: str) -> None:
         """Let a node begin anew."""
         self.aside.pop(node, None)

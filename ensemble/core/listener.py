@@ -58,7 +58,8 @@ class Listener:
                 await self._listen()
             except (StoreUnavailableError, *DRIVER_ERRORS) as error:
                 delay = 0.2 if self._was_connected else delay
-                self._log.warning("listener.lost", error=str(error), retry_s=round(delay, 1))
+                why = str(error) or type(error).__name__
+                self._log.warning("listener.lost", error=why, retry_s=round(delay, 1))
             else:
                 delay = 0.2
             self._was_connected = False

@@ -413,16 +413,18 @@ class Pilots:
         pilot_.run, pilot_.recall, pilot_.kill, pilot_.force = [], [], [], []
         self._has_lost = True
         self._log.error("node.lost", node=pilot_.node.name, reason=reason)
-        now = runtime.utc_now()
-        self._post(PilotLost(node=pilot_.node.name, at=now, reason=f"{pilot_.node.name}: {reason}"))
         if runtime.boottime_s() - pilot_.joined > _STEADY_S:
             pilot_.restarts = 0
-        if may_return and pilot_.restarts < _RESTARTS and not self._is_closing:
+        is_final = not may_return or pilot_.restarts >= _RESTARTS
+        name, now = pilot_.node.name, runtime.utc_now()
+        reason = f"{name}: {reason}"
+        self._post(PilotLost(node=name, at=now, reason=reason, is_final=is_final))
+        if is_final or self._is_closing:
+            pilot_.launch = _GIVEN_UP
+        else:
             pilot_.restarts += 1
             pilot_.launch = _TO_BE_STARTED
             self._spawn(self._restart_soon())
-        else:
-            pilot_.launch = _GIVEN_UP
         self._look_for_any()
 
     async def _restart_soon(self) -> None:

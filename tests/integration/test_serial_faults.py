@@ -558,6 +558,7 @@ async def test_a_task_that_kills_every_pilot_it_gets_ends_the_launcher_with_one_
     assert "no pilot is left" in last, launched.log
     assert "Traceback" not in launched.log
     assert len(launched.events("pilot.joined")) == 3
+    assert len(launched.events("node.set_aside")) == 1
     assert await ens.outcomes(after) in ([], [Outcome.GIVEN_BACK])
     await check_attempts(ens)
     # It never told of a start, and each of its losses counts all the same.
