@@ -10,7 +10,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types arch fmt bench cluster docs clean
+.PHONY: help demo test soak check lint types arch fmt bench cluster docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,14 @@ help: ## show this list
 demo: $(USER_STAMP) ## run a real ensemble on this machine, from nothing (seconds, after installing)
 	@$(BIN)/python examples/demo.py
 
+# Tests wait more than they work: as many at a time, whatever the number of cores.
+JOBS ?= 2
+
 test: $(DEV_STAMP) ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup
+
+soak: $(DEV_STAMP) ## break everything at random for twenty minutes, and check that nothing was lost (SEED=N)
+	$(BIN)/python -m tests.faults.soak $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
 check: test lint types arch ## everything that CI runs
 

@@ -45,10 +45,21 @@ for name in [name for name in os.environ if name.startswith(("ENSEMBLE_", "SLURM
     del os.environ[name]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    is_shared = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if "cluster-15" in item.name or "site-15" in item.name:
             item.add_marker("postgres15")
+        if is_shared:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    """Return what is run by one process in a row: a file with one PostgreSQL; all that is on a Slurm."""
+    if "slurm" in item.path.parts:
+        return "slurm"
+    params = getattr(item, "callspec", None)
+    return f"{item.path.name}-{params.params.get('site', '') if params else ''}"
 
 
 class Eventually:
