@@ -162,10 +162,12 @@ def _keep_alive(connection: asyncpg.Connection[Any]) -> None:
 #: The statement was certainly not applied: it may be repeated at once.
 NOT_APPLIED = frozenset({"40001", "40P01", "55P03", "57P03", "53300", "25006"})
 #: The connection or the server went away: whether the statement was applied is not known.
-UNKNOWN = frozenset({"57P01", "57P02", "08000", "08003", "08006", "57014", "25P03"})
+UNKNOWN = frozenset({"57P01", "57P02", "57P04", "57P05", "40003", "57014", "25P03", "25P04"})
 #: Another release's schema was brought in meanwhile: a function, table or column is missing, or a
 #: plan is older than it. A launcher must not end its tasks for that.
-OTHER_SCHEMA = frozenset({"42883", "42P01", "42703", "0A000"})
+OTHER_SCHEMA = frozenset({"42883", "42P01", "42703", "0A000", "3F000", "26000"})
+#: A right is missing: somebody may give it back.
+FORBIDDEN = frozenset({"42501"})
 #: Codes that our own functions raise.
 OWN: dict[str, type[EnsembleError]] = {
     "EN001": LeaseLostError,
@@ -210,7 +212,7 @@ def _wrap_server_error(error: Exception, code: str) -> Exception:
     if code.startswith("22"):
         return UsageError(f"the database cannot take a value: {line}")
     # 53: connections, memory; XX: the server's own fault.
-    if code in NOT_APPLIED or code in OTHER_SCHEMA or code[:2] in ("53", "XX"):
+    if code in NOT_APPLIED | OTHER_SCHEMA | FORBIDDEN or code[:2] in ("53", "XX"):
         return StoreUnavailableError(f"the database refused for now: {line}")
     if code in UNKNOWN or code.startswith("08"):
         return OutcomeUnknownError(f"the database went away: {line}")

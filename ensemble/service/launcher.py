@@ -85,6 +85,8 @@ _RING_S = 0.02
 _TELL_S = 0.1
 #: A second signal within this is the same one, delivered twice.
 _SAME_SIGNAL_S = 0.5
+#: After a doubt we look again: a statement that was cut off may be committed later than that.
+_LATE_S = 10.0
 #: Failures that are logged one by one; then only counted.
 _FAILURES_SHOWN = 20
 
@@ -333,14 +335,19 @@ class Launcher:
 
     async def _ask_prospect(self) -> None:
         await self._recorder.flush()  # what ended may set others free
+        # Nothing runs: what we hold was claimed and the answer lost, and is to be given back first.
+        held = await self._try(self._lease.held())
+        if held:
+            self._doubt.set()
         found = await self._try(
             self._lease.has_prospect(
                 self._workflows,
-                len(self._nodes),
+                self._dispatcher.nodes,
                 is_serial=self._job_mode is JobMode.SERIAL,
             )
         )
-        self._post(ProspectTold(has_prospect=found is not False))
+        has_none = held is not None and not held and found is False
+        self._post(ProspectTold(has_prospect=not has_none))
 
     async def _try(self, work: Awaitable[T]) -> T | None:
         """Return what the store answers; None, and what follows of it, when it does not."""
@@ -400,8 +407,15 @@ class Launcher:
 
     async def _reconcile(self) -> None:
         """Compare what we hold with what the store says, when in doubt and every few minutes."""
+        wait_s = self._settings.reconcile_s
         while True:
-            await _rung(self._doubt, self._settings.reconcile_s)
+            is_doubtful = await _rung(self._doubt, wait_s)
+            # What was cut off may be committed a little later.
+            wait_s = (
+                min(_LATE_S, self._settings.reconcile_s)
+                if is_doubtful
+                else self._settings.reconcile_s
+            )
             known = self._dispatcher.known | self._recorder.pending
             made = self._dispatcher.claims_made
             held = await self._try(self._lease.held())
