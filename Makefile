@@ -10,7 +10,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check lint types arch fmt bench cluster docs clean
+.PHONY: help demo test soak check lint types arch fmt bench cluster docs audit clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ cluster: $(DEV_STAMP) ## open a shell with a private Slurm of four nodes to play
 
 docs: $(DEV_STAMP) ## write the generated parts of docs/ again
 	$(BIN)/python tests/unit/test_docs.py
+
+audit: $(DEV_STAMP) ## look for known holes in the dependencies (needs the network)
+	@$(PIP) install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 clean: ## remove .venv and everything else that was made here
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

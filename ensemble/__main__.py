@@ -96,7 +96,10 @@ def _refuse_usage(error: click.ClickException) -> int:
 def _report(error: Exception, is_debug: bool) -> int:
     cause = _first_cause(error)
     if is_debug:
-        traceback.print_exception(error)
+        from ensemble.render.text import clean_lines
+
+        for line in clean_lines("".join(traceback.format_exception(error))):
+            click.echo(line, err=True)
     if isinstance(cause, EnsembleError):
         click.echo(f"error: {_one_line(str(cause))}", err=True)
         return cause.exit_code

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -19,10 +20,12 @@ from ensemble.errors import ConfigError, NotFoundError
 
 SITE_FILE = "ensemble.toml"
 
+#: More seconds than any time lasts: with endless ones nobody can reckon.
+_LONGEST = 1e9
 #: A time that may not be 0: a loop that waits for it would spin.
-Period = Annotated[float, msgspec.Meta(gt=0)]
+Period = Annotated[float, msgspec.Meta(gt=0, le=_LONGEST)]
 #: A time that may be 0.
-Delay = Annotated[float, msgspec.Meta(ge=0)]
+Delay = Annotated[float, msgspec.Meta(ge=0, le=_LONGEST)]
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -227,6 +230,8 @@ def load(site: Path, *, environ: Mapping[str, str] | None = None) -> Settings:
         raw = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"cannot read {path}: it is nested too deeply") from error
     return parse(_overlay(raw, os.environ if environ is None else environ), source=str(path))
 
 
@@ -246,9 +251,41 @@ def parse(raw: Mapping[str, Any], *, source: str) -> Settings:
     for name, policy in policies.items():
         _check_policy(name, policy, source)  # one by one: msgspec does not tell which it means
     try:
-        return msgspec.convert(raw, Settings)
+        settings = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_explain(str(error))}") from error
+    if settings.store.dsn is not None:
+        check_dsn(settings.store.dsn, source=f"{source}: [store] dsn")
+    return settings
+
+
+def check_dsn(dsn: str, *, source: str) -> None:
+    """Refuse an address of a database that is none, or that holds a password: it is shown, logged and passed on.
+
+    Raises:
+        ConfigError: Never says what the address is.
+    """
+    scheme, _, rest = dsn.partition("://")
+    if scheme not in ("postgresql", "postgres") or not rest.isprintable():
+        raise ConfigError(f"{source}: expected postgresql://USER@HOST:PORT/DATABASE")
+    place, _, query = rest.partition("?")
+    authority, _, database = place.partition("/")
+    user, _, hosts = authority.rpartition("@")
+    names = [name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)]
+    if ":" in user or any("password" in name for name in names):
+        raise ConfigError(
+            f"{source} holds a password, which others could read: "
+            "put it into ~/.pgpass (mode 0600) and leave it out here"
+        )
+    # What stands after a colon and is no port may be a password with a slash in it.
+    if "@" in database or not re.fullmatch(_HOSTS, hosts):
+        raise ConfigError(
+            f"{source}: expected postgresql://USER@HOST:PORT/DATABASE, with %40, %2F and %3A for @, / and : in names"
+        )
+
+
+#: Names or numbers of hosts, IPv6 ones in brackets, each with or without a port.
+_HOSTS = r"(([^\[\]:,@]*|\[[0-9A-Fa-f:.%]+\])(:[0-9]{1,5})?(,|$))*"
 
 
 def _check_policy(name: str, raw: Mapping[str, Any], source: str) -> None:
@@ -294,18 +331,18 @@ def _from_environ(variable: str, text: str, kind: Any) -> Any:
     """Return *text* as its setting's type wants it: a word like `5` or `true` may be a string."""
     try:
         return msgspec.convert(_literal(text), kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         try:
             return msgspec.convert(text, kind)
-        except msgspec.ValidationError:
-            raise ConfigError(f"${variable} is {text!r}: {_explain(str(error))}") from error
+        except (msgspec.ValidationError, UnicodeEncodeError):
+            raise ConfigError(f"${variable} is {text[:200]!r}: {_explain(str(error))}") from error
 
 
 def _literal(text: str) -> Any:
     """Read an environment value as TOML would, else as a plain string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

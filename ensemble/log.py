@@ -78,8 +78,11 @@ def _apply(wish: _Wish) -> None:
 def _clean(_logger: Any, _name: str, event: dict[str, Any]) -> dict[str, Any]:
     """Write out what would act on a terminal: much of what is logged, others have written."""
     return {
-        key: "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
-        if isinstance(value, str) and key != "exception" and not value.isprintable()
+        key: "".join(
+            c if c.isprintable() or (c == "\n" and key == "exception") else ascii(c)[1:-1]
+            for c in value
+        )
+        if isinstance(value, str) and not value.isprintable()
         else value
         for key, value in event.items()
     }

@@ -112,7 +112,7 @@ async def create(
         ClusterError: The database could not be made or started.
     """
     if dsn is not None:
-        _check_dsn(dsn)
+        config.check_dsn(dsn, source="--dsn")
     try:
         for name in FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
@@ -146,17 +146,6 @@ async def _prepare_database(path: Path, store: StoreSettings) -> None:
     except BaseException:
         await cluster.stop()  # without a settings file nobody would find it
         raise
-
-
-def _check_dsn(dsn: str) -> None:
-    if not dsn.startswith(("postgresql://", "postgres://")):
-        raise ConfigError(f"--dsn {dsn}: expected postgresql://USER@HOST:PORT/DATABASE")
-    authority = dsn.split("//", 1)[1].split("/", 1)[0]
-    if ":" in authority.rpartition("@")[0] or "password=" in dsn:
-        raise ConfigError(
-            "--dsn holds a password, which would be readable in the settings: "
-            "put it into ~/.pgpass (mode 0600) and leave it out here"
-        )
 
 
 def _write_settings(path: Path, store: StoreSettings, scheduler: str, chosen: str) -> None:

@@ -43,6 +43,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Nothing of the caller's may leak into a test.
 for name in [name for name in os.environ if name.startswith(("ENSEMBLE_", "SLURM_", "PBS_"))]:
     del os.environ[name]
+# pytest-xdist tells its workers the width of its own terminal.
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib import import_module
 
 import click
@@ -110,6 +111,8 @@ def group(session: Session, /, site: str | None, debug: bool) -> None:
 
     Exit status: 0 done, 1 failed, 2 usage, 3 not found, 4 database unreachable.
     """
+    # Under 0, anybody could change what a launcher will run; under 0777, not even we could use what we make.
+    os.umask(os.umask(0o077) & 0o077 | 0o002)
     if site == "":
         raise click.BadParameter("it is empty: name a directory", param_hint="'--site'")
     session.named = site

@@ -83,7 +83,9 @@ def add(
             replace=replace,
         )
     )
-    click.echo(f"app {made.name} (ensemble add --app {made.name} …)")
+    from ensemble.render.text import clean
+
+    click.echo(clean(f"app {made.name} (ensemble add --app {made.name} …)"))
 
 
 @app.command("ls", epilog=examples("ensemble app ls"))

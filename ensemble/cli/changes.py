@@ -222,7 +222,9 @@ def _finish(report: Report, verb: str, *, as_json: bool) -> None:
 
 
 def _echo_notes(notes: Mapping[int, str], form: str, *, err: bool) -> None:
+    from ensemble.render.text import clean
+
     for task_id, note in sorted(notes.items())[:_LINES]:
-        click.echo(form.format(task_id, note), err=err)
+        click.echo(clean(form.format(task_id, note)), err=err)
     if len(notes) > _LINES:
         click.echo(f"… and {len(notes) - _LINES:,} more", err=err)

@@ -168,8 +168,10 @@ def backup(session: Session, file: Path, force: bool) -> None:
     _leave_when_told()
     with files.create(file, force=force) as write:
         made = session.run_alone(back_up(address, write, release=ensemble.__version__))
+    from ensemble.render.text import clean
+
     size = file.stat().st_size
-    click.echo(f"backed up {made.rows.get('task', 0):,} tasks to {file} ({size:,} bytes)")
+    click.echo(clean(f"backed up {made.rows.get('task', 0):,} tasks to {file} ({size:,} bytes)"))
 
 
 @db.command(
@@ -216,7 +218,9 @@ def _leave_when_told() -> None:
 async def _make_missing(site: Site) -> None:
     cluster = site.cluster
     if cluster is not None and not cluster.exists:
-        click.echo(f"{cluster.folder} is missing: a database is made", err=True)
+        from ensemble.render.text import clean
+
+        click.echo(clean(f"{cluster.folder} is missing: a database is made"), err=True)
         await cluster.create()
         await cluster.start()
 

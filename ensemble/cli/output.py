@@ -106,7 +106,12 @@ def directory(session: Session, task_id: int) -> None:
     async def look(client: Client) -> str:
         return client.tasks.workdir(await client.tasks.get(task_id))
 
-    click.echo(session.run(look))
+    found = session.run(look)
+    if sys.stdout.isatty():  # else a program reads it, which wants the very name
+        from ensemble.render.text import clean
+
+        found = clean(found)
+    click.echo(found)
 
 
 class Tail:

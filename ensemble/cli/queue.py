@@ -132,8 +132,7 @@ def _for_each(
         chosen = list(client.site.settings.queue) if is_all else list(names)
         return [await act(client, name) for name in chosen]
 
-    for line in session.run(work):
-        click.echo(line)
+    _say(session.run(work))
 
 
 @queue.command(epilog=examples("ensemble queue cancel 12", "ensemble queue cancel --all"))
@@ -150,8 +149,14 @@ def cancel(session: Session, ids: tuple[int, ...], is_all: bool, reason: str) ->
         chosen = sorted(job.id for job in await client.batch.active()) if is_all else list(ids)
         return [await _cancel(client, job_id, reason) for job_id in chosen]
 
-    for line in session.run(work):
-        click.echo(line)
+    _say(session.run(work))
+
+
+def _say(lines: list[str]) -> None:
+    from ensemble.render.text import clean
+
+    for line in lines:
+        click.echo(clean(line))
 
 
 async def _cancel(client: Client, job_id: int, reason: str) -> str:

@@ -55,7 +55,9 @@ def serve(
         click.echo(_stop(session))
         return
     if daemon:
-        click.echo(_start(session))
+        from ensemble.render.text import clean
+
+        click.echo(clean(_start(session)))
         return
     from pathlib import Path
 

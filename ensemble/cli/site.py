@@ -71,8 +71,12 @@ def init(
     DIR is the current directory when it is not named. A site that is there already is left as it
     is; one whose making was interrupted is finished.
     """
+    from ensemble import config
+    from ensemble.render.text import clean
     from ensemble.site import Site, create
 
+    if dsn is not None:
+        config.check_dsn(dsn, source="--dsn")
     path = Path(os.path.abspath(folder or Path(session.named or ".").expanduser()))
     if not session.run_alone(
         create(
@@ -84,14 +88,16 @@ def init(
             scheduler=scheduler,
         )
     ):
-        click.echo(f"the site {path} exists; nothing was changed (ensemble --site {path} status)")
+        shown = clean(str(path))
+        click.echo(f"the site {shown} exists; nothing was changed (ensemble --site {shown} status)")
         return
     site = Site.find(str(path))
-    click.echo(f"site      {site.path}")
-    click.echo(f"database  {_in_words(session.run_alone(describe_database(site)))}")
+    click.echo(f"site      {clean(str(site.path))}")
+    click.echo(f"database  {clean(_in_words(session.run_alone(describe_database(site))))}")
     batch = site.settings.scheduler
-    click.echo(f"scheduler {batch.kind}, job template templates/{batch.template}")
-    click.echo("next      " + ("" if path == Path.cwd() else f"cd {path}\n          "), nl=False)
+    click.echo(f"scheduler {batch.kind}, job template templates/{clean(batch.template)}")
+    here = "" if path == Path.cwd() else f"cd {clean(str(path))}\n          "
+    click.echo(f"next      {here}", nl=False)
     click.echo("ensemble add -- echo hello\n          ensemble launch --nodes 2")
 
 

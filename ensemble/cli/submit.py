@@ -148,20 +148,22 @@ def submit_launch(context: click.Context, /, **chosen: Any) -> None:
             "--slots-per-node: only tasks in serial mode share nodes (--job-mode serial)"
         )
     job, script, scheduler, warnings = session.run(lambda client: _submit(client, chosen, flags))
+    from ensemble.render.text import clean
+
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(clean(f"warning: {warning}"), err=True)
     if chosen["as_json"]:
         from ensemble.render import document
 
         document.write({"script": script} if job is None else document.batch_job(job))
         return
     if job is None:
-        click.echo(script, nl=False)
+        # Tabs are left as they are; marks of direction could show another script than the one that would run.
+        lines = script.split("\n")
+        click.echo("\n".join("\t".join(map(clean, line.split("\t"))) for line in lines), nl=False)
         return
-    from ensemble.render.text import clean
-
     output = clean(job.spec.get("output", ""))
-    click.echo(f"batch job {job.id}: {scheduler} job {job.scheduler_id}")
+    click.echo(clean(f"batch job {job.id}: {scheduler} job {job.scheduler_id}"))
     click.echo(f"script  {output.removesuffix('.out')}.sh")
     click.echo(f"output  {output}")
     click.echo("next    ensemble queue")

@@ -226,7 +226,7 @@ def read_head(source: Source) -> Head:
                 f"{source.name} was made with another form of migration {version}: "
                 f"use Ensemble {head.ensemble}, which made it"
             )
-    if sorted(head.migrations) != list(range(1, head.schema + 1)) or not head.schema:
+    if sorted(head.migrations) != list(range(1, head.schema + 1)) or head.schema < 1:
         raise damaged(source, "its list of migrations has gaps")
     return head
 
@@ -289,7 +289,7 @@ def _from_comment(line: bytes, kind: type[T], source: Source) -> T:
     """Return what a line about the backup says."""
     try:
         return msgspec.json.decode(line.removeprefix(b"-- "), type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise damaged(source, "a line about it is not what it should be") from error
 
 

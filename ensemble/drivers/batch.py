@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
+import aiofiles
+
 from ensemble.drivers import process
 from ensemble.drivers.process import Completed
 from ensemble.drivers.scheduler import Request, Scheduler, Seen, fail
@@ -210,7 +212,8 @@ class BatchSystem:
 
     async def _read(self, script: Path) -> bytes:
         try:
-            return await asyncio.to_thread(script.read_bytes)
+            async with aiofiles.open(script, "rb") as file:
+                return await file.read()
         except OSError as error:
             raise SchedulerError(
                 f"cannot submit: cannot read {script}: {error.strerror or error}",

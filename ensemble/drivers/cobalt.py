@@ -109,7 +109,10 @@ def _parse_row(line: str, places: list[int], answer: Completed) -> Seen:
         reason="" if word in ("queued", "running") else state,
         is_stuck=word in STUCK,
         started_at=started_at,
-        ends_at=None if started_at is None or limit_s is None else started_at + limit_s,
+        # A day of hours at most has been seen; what is beyond all calendars is no time.
+        ends_at=None
+        if started_at is None or limit_s is None or limit_s > 2**32
+        else started_at + limit_s,
     )
 
 

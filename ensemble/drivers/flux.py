@@ -155,13 +155,14 @@ def _find_reason(job: dict[str, Any]) -> str:
 
 def _exit_code(code: int) -> int | None:
     """Turn -N, signal N, into 128 + N; -128 means that it never ran."""
-    return (None if code == -128 else 128 - code) if code < 0 else code
+    status = (None if code == -128 else 128 - code) if code < 0 else code
+    return status if status is not None and status < 2**31 else None
 
 
 def _time(job: dict[str, Any], key: str) -> float | None:
     """Return epoch seconds; 0 is "without end"."""
     value = job.get(key)
-    return float(value) if isinstance(value, int | float) and 0 < value < 2**40 else None
+    return float(value) if isinstance(value, int | float) and 0 < value < 2**37 else None
 
 
 FLUX = Scheduler(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: As many connections may wait to be taken: all pilots of a large allocation come at once.
 _BACKLOG = 4096
+#: As many may be on their way, certificates unseen: the others wait in the backlog, as strangers must not use up our
+#: descriptors. Where few are allowed (ulimit -n), a quarter of them.
+_UNPROVEN = 512
 #: As many are taken in one turn of the event loop.
 _ACCEPTS = 64
 _HANDSHAKE_S = 20.0
@@ -44,6 +48,7 @@ class Connection(asyncio.Protocol):
         self._decoder = wire.Decoder[FromPilot](FromPilot, limit=_FIRST_LIMIT)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._is_unproven = True
         self.peer = peer
         #: Whether it comes from this host.
         self.is_local = is_local
@@ -60,8 +65,15 @@ class Connection(asyncio.Protocol):
             self._server.refuse(self, f"it did not say who it is within {_HELLO_S:g} s")
             self.abort()
 
+    def prove(self) -> None:
+        """Note, once, that it takes no place of those who have not said who they are."""
+        if self._is_unproven:
+            self._is_unproven = False
+            self._server.make_room()
+
     def identify(self, pilot: object) -> None:
         """Attach who it is: from now on its messages may be long."""
+        self.prove()
         self.pilot = pilot
         self._decoder.limit = wire.FRAME_LIMIT
         if self._timer is not None:
@@ -80,6 +92,7 @@ class Connection(asyncio.Protocol):
         """Tell the launcher, if it knew who that was."""
         if self._timer is not None:
             self._timer.cancel()
+        self.prove()
         self._server.forget(self)
         self._server.on_lost(self, str(error) if error else "it closed the connection")
 
@@ -119,6 +132,9 @@ class LinkServer:
         self._log = log
         self._refused = 0
         self._listener: socket.socket | None = None
+        #: How many have not shown their certificate, or not said who they are.
+        self._unproven = 0
+        self._most_unproven = min(_UNPROVEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._connections: set[Connection] = set()
 
     def open(self, host: str | None) -> int:
@@ -146,7 +162,11 @@ class LinkServer:
         """Take those who wait, but not all at once: others want the event loop, too."""
         with contextlib.suppress(OSError):  # nobody is left, or gave up, or descriptors ran out
             for _ in range(_ACCEPTS):
+                if self._unproven >= self._most_unproven:
+                    asyncio.get_running_loop().remove_reader(listener.fileno())
+                    return
                 accepted, peer = listener.accept()
+                self._unproven += 1
                 is_local = accepted.getsockname()[0] == peer[0]
                 connection = Connection(self, f"{peer[0]}:{peer[1]}", is_local=is_local)
                 self.spawn(self._secure(accepted, connection))
@@ -162,9 +182,17 @@ class LinkServer:
             )
         except (OSError, TimeoutError) as error:  # SSLError is an OSError
             accepted.close()
+            connection.prove()
             self.refuse(connection, f"no TLS with the launch's certificate: {error}")
         else:
             self._connections.add(connection)
+
+    def make_room(self) -> None:
+        """Note that one has said who it is, or is gone: another may come."""
+        self._unproven -= 1
+        if self._listener is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._listener.fileno(), self._accept, self._listener)
 
     def refuse(self, connection: Connection, reason: str) -> None:
         """Log that somebody was turned away."""

@@ -138,7 +138,7 @@ def parse(data: bytes, name: str = "the link file") -> LinkFile:
         found = msgspec.json.decode(data, type=_Head).protocol
         if found == PROTOCOL:
             return msgspec.json.decode(data, type=LinkFile)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise LaunchError(f"{name} is no link file: {error}") from error
     raise LaunchError(
         f"{name} speaks version {found} of the pilots' protocol, this program version {PROTOCOL}: "

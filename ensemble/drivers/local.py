@@ -101,14 +101,20 @@ def _to_seen(line: dict[str, Any]) -> Seen:
         name=_typed(line.get("name", ""), str),
         reason=_typed(line["reason"], str),
         is_stuck=line["state"] == "LOST",
-        exit_code=_typed(line.get("exit_code"), int, type(None)),
-        started_at=_typed(line.get("started_at"), float, type(None)),
-        ended_at=_typed(line.get("ended_at"), float, type(None)),
-        ends_at=_typed(line.get("ends_at"), float, type(None)),
+        exit_code=_number(line.get("exit_code"), int, 256),
+        started_at=_number(line.get("started_at"), float, 2**37),
+        ended_at=_number(line.get("ended_at"), float, 2**37),
+        ends_at=_number(line.get("ends_at"), float, 2**37),
     )
 
 
-def _typed(value: Any, *kinds: type) -> Any:
-    if not isinstance(value, kinds):
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
         raise TypeError(f"unexpected {value!r}")
+    return value
+
+
+def _number(value: Any, kind: type, limit: int) -> Any:
+    if value is not None and not 0 <= _typed(value, kind) < limit:
+        raise ValueError(f"unexpected {value!r}")
     return value

@@ -7,12 +7,13 @@ of OpenPBS 23.06, qsub of Cobalt, IBM's reference of LSF, submit(1) of Grid Engi
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import aiofiles
 
 from ensemble.core.model import Node
 from ensemble.drivers import batch, hostlist, walltime
@@ -319,7 +320,8 @@ async def _flux_hosts(environ: Mapping[str, str], job_id: str) -> str:
 async def _read(name: str, environ: Mapping[str, str]) -> str:
     path = Path(_required(environ, name))
     try:
-        text = await asyncio.to_thread(path.read_text, "utf-8", "replace")
+        async with aiofiles.open(path, encoding="utf-8", errors="replace") as file:
+            text = await file.read()
     except OSError as error:
         raise AllocationError(f"cannot read ${name} ({path}): {error.strerror or error}") from error
     if not text.strip():

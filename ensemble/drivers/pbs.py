@@ -226,6 +226,7 @@ def _seen(id: str, job: dict[str, Any]) -> Seen:
             status, _number(job, "substate"), comment, has_run=start is not None
         )
     limit = parse_duration(_text(job.get("Resource_List"), "walltime"))
+    limit = None if limit is None or limit > 2**32 else limit  # beyond all calendars
     is_running = state is JobState.RUNNING
     return Seen(
         id=id,

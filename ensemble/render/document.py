@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +20,16 @@ from ensemble.render.view import SiteView
 
 def write(value: Any) -> None:
     """Print one JSON document."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    click.echo(text.decode())
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    click.echo(_HIDDEN.sub(_escape, text))
+
+
+#: JSON escapes only the old control characters; the newer ones and marks of direction act on terminals, too.
+_HIDDEN = re.compile(r"[^\n -~]")
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
 def task(task: Task, now: datetime) -> dict[str, Any]:

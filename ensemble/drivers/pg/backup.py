@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 #: Fast: rows compress well at any level, and the database waits meanwhile.
 _LEVEL = 3
+#: PostgreSQL can allocate no more than this for a row (MaxAllocSize); what is longer is no backup, but would fill
+#: the memory.
+LONGEST_ROW = 1 << 30
 
 
 @contextmanager
@@ -90,7 +93,18 @@ class Reader:
 
     def readlines(self, hint: int, /) -> list[bytes]:
         """Return the next lines, of about *hint* bytes together."""
-        return self._read(lambda: self._file.readlines(hint))
+        return self._read(lambda: self._lines(hint))
+
+    def _lines(self, hint: int) -> list[bytes]:
+        lines, size = [], 0
+        while size < hint and (line := self._file.readline(LONGEST_ROW)):
+            if len(line) == LONGEST_ROW:
+                raise EnsembleError(
+                    f"{self.name} is damaged (a row without an end): use another backup"
+                )
+            lines.append(line)
+            size += len(line)
+        return lines
 
     def _read(self, step: Callable[[], T]) -> T:
         try:

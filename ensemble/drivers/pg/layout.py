@@ -141,8 +141,10 @@ def _read(path: Path, kind: type[T]) -> T | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise ClusterError(f"cannot read {path}: {error}") from error
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
+        # Not what is in it: it may be a file of passwords.
+        why = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise ClusterError(f"cannot read {path}: {why}") from error
 
 
 def _write(path: Path, value: msgspec.Struct | dict[str, str]) -> None:
