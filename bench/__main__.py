@@ -11,7 +11,20 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench import add, claim, cli, kill, pilots, refill, serial, starts
+from bench import (
+    add,
+    claim,
+    cli,
+    drain,
+    kill,
+    killload,
+    outage,
+    pilots,
+    recovery,
+    refill,
+    serial,
+    starts,
+)
 from bench.scratch import BenchError
 from ensemble.errors import EnsembleError
 
@@ -22,6 +35,10 @@ BENCHES: dict[str, Callable[[], Awaitable[dict[str, object]]]] = {
     "serial-start": serial.run_start,
     "pilots": pilots.run,
     "kill": kill.run,
+    "kill-load": killload.run,
+    "drain": drain.run,
+    "recovery": recovery.run,
+    "outage": outage.run,
     "refill": refill.run,
     "add": add.run,
     "claim": claim.run,

@@ -125,10 +125,10 @@ async def create(
         settings = StoreSettings(
             dsn=dsn, listen=list(listen), bin_dir=bin_dir, allow_network_fs=allow_network_fs
         )
-        await _prepare_database(path, settings)
         found = [scheduler] if scheduler else find_scheduler_names(os.environ) or ["local"]
         chosen = template.choose(os.environ, found, os.uname().nodename)
         template.install(chosen, path)
+        await _prepare_database(path, settings)
         _write_settings(path, settings, found[0], chosen)
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -10,12 +11,15 @@ import click
 from ensemble.cli.options import Amount, examples
 from ensemble.cli.session import Session
 from ensemble.core.submission import LARGEST_MACHINE, LARGEST_PACKING
-from ensemble.errors import LaunchError, UsageError
+from ensemble.errors import LaunchError, StoreUnavailableError, UsageError
 from ensemble.site import program
 
 if TYPE_CHECKING:
     from ensemble.api import Client
     from ensemble.service.options import LaunchOptions
+
+#: For so long the guard of a lost launcher tries to say so; it waits for that longer (drivers/guard.py).
+_RELEASE_S = 15.0
 
 
 @click.command(
@@ -124,7 +128,15 @@ def release_lease(session: Session, lease_id: int) -> None:
 
         await reaper.release(client.store, spool.folder(session.site().path), lease_id)
 
-    session.run(release)
+    give_up = time.monotonic() + _RELEASE_S
+    while True:
+        try:
+            session.run(release)
+            return
+        except StoreUnavailableError:
+            if time.monotonic() > give_up:
+                raise
+        time.sleep(1)
 
 
 def launch_argv(site: str, options: LaunchOptions) -> list[str]:

@@ -318,6 +318,12 @@ class Reaping:
             for row in rows
         }
 
+    async def silent_leases(self, host: str) -> set[int]:
+        """Return the live leases of launchers on *host* that have run out."""
+        async with wrapped():
+            rows = await self._pool.fetch(queries()["select_silent_leases"], host)
+        return {row["id"] for row in rows}
+
     async def find_launcher(self, lease_id: int) -> tuple[str, int | None]:
         """Return a lease's mark, and whose it is; None when there is none."""
         async with wrapped():

@@ -98,6 +98,9 @@ class Guard:
         while self.status is None:
             left = self.seconds_left()
             if left is not None and left <= 0:
+                self.take_lines()  # it may be this process that stood still
+                left = self.seconds_left()
+            if left is not None and left <= 0:
                 self.is_late = True
                 os.kill(self.child, signal.SIGKILL)
                 return
@@ -136,7 +139,8 @@ class Guard:
         word, _, value = line.partition(" ")
         if word == "deadline":
             with contextlib.suppress(ValueError):
-                self.deadline = float(value)
+                told = float(value)
+                self.deadline = self.deadline if told != told else told  # NaN is no time
         elif word == "lease":
             self.lease = value
         elif word == "bye":

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import stat
 from pathlib import Path
 
 #: How much of an output is kept where its end is kept.
@@ -69,10 +70,13 @@ class Tail:
 def tail(path: Path, lines: int, max_bytes: int = TAIL_BYTES) -> str:
     """Return the last lines of an output file, safe to store and to show; "" when it cannot be read.
 
-    Terminal sequences and control characters are left out, and bytes that are no UTF-8 are replaced.
+    Terminal sequences and control characters are left out, and bytes that are no UTF-8 are replaced. A program may
+    have put anything in the file's place: what is no regular file is not read, as that could take for ever.
     """
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return ""
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - max_bytes))
             data = file.read(max_bytes)

@@ -53,7 +53,7 @@ from ensemble.core.wire import (
     Work,
 )
 from ensemble.drivers import hardware, linkfile, process, roll, spawn
-from ensemble.drivers.guardlink import GuardLink
+from ensemble.drivers.guardlink import PID_VARIABLE, GuardLink
 from ensemble.drivers.linkfile import LinkFile
 from ensemble.drivers.output import Tail, last_lines, tail
 from ensemble.drivers.process import Process
@@ -550,6 +550,8 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
             return status
         link_path, launch, expected = Path(argv[0]), int(argv[1]), int(argv[2])
         guard = GuardLink.from_environ(environ)
+        if guard is None and PID_VARIABLE in environ:
+            raise LaunchError("the pilot's guard was killed before the pilot had started")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_fly(link_path, launch, expected, guard))
     except* EnsembleError as errors:

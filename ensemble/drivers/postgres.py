@@ -111,12 +111,15 @@ class Cluster:
             if owner is None:
                 _refuse_unrecorded(layout)
             pid = None if owner is None else await pgserver.find_running(layout, owner.port)
+            if pid is not None and owner is not None:
+                if owner.pid != pid:
+                    pgserver.own(layout, owner, pid)
+                if not await pgserver.wait_ready(layout):
+                    pid = None  # it was on its way down
             if pid is None:
                 port = None if owner is None else owner.port
                 await pgserver.launch(layout, self._settings, port)
-            elif owner is not None and owner.pid != pid:
-                pgserver.own(layout, owner, pid)
-            await pgserver.wait_ready(layout)
+                await pgserver.wait_ready(layout)
         return await self.status()
 
     async def stop(self, mode: StopMode = "fast") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import time
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _LOOK_AGAIN_S = 0.25
 #: How long a program may take to replace itself (execve), while which its environment looks empty.
 _EXEC_S = 0.005
+#: For how long to look again at once, where each look finds something that has just ended.
+_CHASE_S = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 #: Children that were started as the roots of tasks and are not reaped yet.
@@ -51,6 +54,8 @@ class Tree:
         #: Whether the last look met a process that may turn out to belong here: one on its way into a program, or
         #: out of life, shows no environment.
         self._has_unsure = False
+        #: Whether something ended under the last look: what it had just started may have been missed.
+        self._has_missed = False
         #: Whether the last look could not see everything, as file descriptors ran out.
         self._is_blind = False
 
@@ -69,11 +74,12 @@ class Tree:
     def look(self) -> list[Held]:
         """Find processes that were not known, reap those that ended; return the new ones."""
         self._changed.clear()
-        self._has_unsure = self._is_blind = False
+        self._has_unsure = self._has_missed = self._is_blind = False
         found: list[Held] = []
         try:
             for stat in self._find():
                 if stat.is_zombie:
+                    self._has_missed = True
                     self._reap(stat)
                 elif stat.pid not in self._held and (held := self._hold(stat)):
                     self._process.sessions.add(stat.sid)
@@ -98,8 +104,12 @@ class Tree:
             await self._look_on_change()
 
     async def _is_left(self) -> bool:
-        """Look, twice where one look cannot tell."""
+        """Look, again where one look cannot tell."""
         self.look()
+        until = time.monotonic() + 10 * _CHASE_S
+        while not self._held and self._has_missed and time.monotonic() < until:
+            await asyncio.sleep(0)
+            self.look()
         if not self._held and self._has_unsure:
             await asyncio.sleep(_EXEC_S)
             self.look()
@@ -140,7 +150,13 @@ class Tree:
             return token == self._process.marker
         if stat.sid in self._process.sessions:
             return True
-        self._has_unsure = self._has_unsure or not (environ or stat.is_zombie)
+        if not environ and not stat.is_zombie:
+            now = proctree.read_stat(stat.pid)
+            # What has just begun and shows nothing may be on its way out, and have begun another one.
+            is_fleeting = stat.start_ticks > now_ticks() - _TICKS_PER_S
+            has_ended = now is None or now.is_zombie or is_fleeting
+            self._has_missed = self._has_missed or has_ended
+            self._has_unsure = self._has_unsure or not has_ended
         return False
 
     def _hold(self, stat: Stat) -> Held | None:
@@ -186,20 +202,32 @@ def list_strays() -> list[Stat]:
     """List adopted children, with the sessions that tell them from our own; reap those that have ended.
 
     A child that is neither in `roots` nor older than every `start` under way may be one that is just being
-    started, so its end is left to `start`.
+    started, so its end is left to `start`. What has ended may have started another one that is a child of ours only
+    since: so the list is one in which none had, unless they do so without end.
     """
+    until = time.monotonic() + _CHASE_S
+    while True:
+        strays, has_reaped = _list_strays()
+        if not has_reaped or time.monotonic() > until:
+            return strays
+
+
+def _list_strays() -> tuple[list[Stat], bool]:
     me, session = os.getpid(), os.getsid(0)
-    before = min([now_ticks(), *starting.values()])
     strays = []
-    for pid in proctree.list_adopted():
+    has_reaped = False
+    adopted = proctree.list_adopted()
+    before = min(starting.values(), default=math.inf)  # after the list: it has no later child
+    for pid in adopted:
         stat = None if pid in roots else proctree.read_stat(pid)
         if stat is None or stat.ppid != me or stat.sid == session:
             continue
         if stat.is_zombie and stat.start_ticks < before:
             reap_adopted(pid)
+            has_reaped = True
         else:
             strays.append(stat)
-    return strays
+    return strays, has_reaped
 
 
 def reap_adopted(pid: int) -> None:

@@ -52,8 +52,10 @@ def main(site: Site, options: LaunchOptions) -> int:
     _raise_file_limit()
     _collect_rarely()
     guard = GuardLink.from_environ(os.environ)
-    if guard is not None:
-        process.die_with_parent(runtime.DRAIN_SIGNALS[0], guard.guard_pid)
+    if guard is None:
+        # It was there a moment ago (cli/launch.py). Without one nobody would clean up after us.
+        raise LaunchError("the launcher's guard was killed before the launcher had started")
+    process.die_with_parent(runtime.DRAIN_SIGNALS[0], guard.guard_pid)
     return runtime.run(_launch(site, options, guard))
 
 

@@ -243,6 +243,9 @@ class Launcher:
                 self._spawn(self._ask(room))
             case Announce():
                 self._spawn(self._announce(effect))
+            case Launch(claim) if self._trust.is_over:  # we stood still: others may have it soon
+                now = runtime.utc_now()
+                self._post(Skipped(id=claim.id, attempt=claim.attempt, at=now))
             case Launch():
                 self._runner.launch(effect)
             case SetAside(nodes):
@@ -371,8 +374,8 @@ class Launcher:
             if self._trust.is_over and not self._dispatcher.is_leaving:
                 # Others may take our tasks soon: end them now, while nobody can have started them.
                 self._log.error("lease.not_trusted")
-                self._post(DrainAsked(reason="the database was away for too long"))
-                self._post(DrainAsked(reason="the database was away for too long"))
+                self._post(DrainAsked(reason="the lease was not renewed for too long"))
+                self._post(DrainAsked(reason="the lease was not renewed for too long"))
             if self._tally.ended != shown:
                 shown = self._tally.ended
                 self._log.info(

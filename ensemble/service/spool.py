@@ -28,6 +28,7 @@ from ensemble.core.store import Store
 from ensemble.drivers import wholefile
 from ensemble.errors import EnsembleError, StoreUnavailableError
 from ensemble.log import get_logger
+from ensemble.service import papers
 
 if TYPE_CHECKING:
     from ensemble.log import Logger
@@ -229,6 +230,7 @@ async def _replay(store: Store, lease_id: int, path: Path) -> bool:
             log.warning("spool.busy", hint="an open transaction has locked tasks; tried again soon")
             return False
         await lease.close(f"{spool.head.reason}; its last reports were in its spool")
+        await asyncio.to_thread(papers.remove, papers.folder(path.parent, lease.launcher_id))
     except FileNotFoundError:
         return True  # somebody else was first
     except StoreUnavailableError:

@@ -17,7 +17,7 @@ _FINAL = ("JOB_FINISHED", "FAILED", "USER_KILLED")
 #: Descriptor 8 is inherited by whatever the task starts, so the lock tells of descendants, too.
 _TAKE = """
 exec 8>>lock
-if ! flock -n 8; then echo "$ENSEMBLE_ATTEMPT" >> overlap; exit 99; fi
+flock -n -E 75 8; [ $? != 75 ] || { echo "$ENSEMBLE_ATTEMPT" >> overlap; exit 99; }
 echo "$ENSEMBLE_ATTEMPT begun" >> witness
 """
 _TELL = """

@@ -513,6 +513,13 @@ SELECT l.id AS lease_id, r.host, r.boot_id, r.machine_id, r.pid_namespace, r.pid
   FROM lease l JOIN launcher r ON r.id = l.launcher_id
  WHERE l.state = 'ACTIVE' AND r.host = $1
 
+-- select_silent_leases(host)
+-- Those of them that may be closed for silence (`expire_leases`): what runs under them here is ended first.
+SELECT l.id
+  FROM lease l JOIN launcher r ON r.id = l.launcher_id
+ WHERE l.state = 'ACTIVE' AND r.host = $1 AND l.expires_at < clock_timestamp()
+   AND pg_postmaster_start_time() + l.ttl < clock_timestamp()
+
 -- select_lease_owner(lease)
 -- Whose it is, and its mark (`Lease.mark`): a spool with another one is not of this lease.
 SELECT concat_ws(' ', (SELECT token FROM service), r.boot_id, r.pid, r.start_ticks) AS mark, r.id AS launcher_id

@@ -151,8 +151,8 @@ async def find_running(layout: Layout, port: int) -> int | None:
     return None
 
 
-async def wait_ready(layout: Layout) -> None:
-    """Return when the server accepts connections.
+async def wait_ready(layout: Layout) -> bool:
+    """Return when the server accepts connections; False when it is gone instead.
 
     Raises:
         ClusterError: It does not within a minute.
@@ -160,7 +160,10 @@ async def wait_ready(layout: Layout) -> None:
     try:
         async with asyncio.timeout(WAIT_S):
             while not pgowner.is_ready(layout.data_dir):
+                if pgowner.postmaster_pid(layout.data_dir) is None:
+                    return False
                 await asyncio.sleep(0.05)
+            return True
     except TimeoutError:
         raise ClusterError(
             f"the server accepts no connections yet: {complaint(layout.log_file)} "
