@@ -22,6 +22,7 @@ from ensemble.core.store import Store
 from ensemble.drivers import proctree
 from ensemble.site import OWNER, Site, create
 from tests.integration.launching import Ensemble
+from tests.integration.serving import Serving
 
 POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
 _WITH_PROCESSES = {"integration", "acceptance", "faults", "security"}
@@ -152,6 +153,20 @@ async def ens(site: Site, store: Store, eventually: Callable[..., Any]) -> Async
             os.kill(pid, signal.SIGKILL)
     assert running == [], f"a launcher was left running:\n{running[0].log}"
     assert left == [], "processes of tasks were left"
+    assert await store.check() == []
+
+
+@pytest.fixture
+async def serving(
+    site: Site, store: Store, tmp_path: Path, eventually: Callable[..., Any]
+) -> AsyncIterator[Serving]:
+    """An empty store and a site to serve; afterwards nothing runs, nothing was submitted twice, the books are right."""
+    made = Serving(site, store, tmp_path, eventually)
+    try:
+        yield made
+    finally:
+        await made.close()
+    made.fake.check()
     assert await store.check() == []
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -489,17 +489,6 @@ OPTIONS = [
     "",
     "-",
 ]
-
-
-@pytest.fixture
-async def serving(
-    site: Site, store: Store, tmp_path: Path, eventually: Callable[..., Any]
-) -> AsyncIterator[Serving]:
-    made = Serving(site, store, tmp_path, eventually)
-    try:
-        yield made
-    finally:
-        await made.close()
 
 
 @WHEEL
