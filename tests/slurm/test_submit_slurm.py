@@ -256,10 +256,13 @@ async def test_a_user_s_requeue_starts_the_same_job_again(batches: BatchSite) ->
     assert job.scheduler_id is not None
     batches.slurm.run("scontrol", "requeue", job.scheduler_id)
     await batches.gone()
-    between = await batches.reach(job.id, JobState.QUEUED, JobState.RUNNING)
-    assert between.scheduler_id == job.scheduler_id
-    # Slurm lets a requeued job wait for two minutes.
-    assert between.reason == "BeginTime"
+
+    async def waits() -> bool:
+        between = await batches.reach(job.id, JobState.QUEUED, JobState.RUNNING)
+        assert between.scheduler_id == job.scheduler_id
+        return between.reason == "BeginTime"  # Slurm lets a requeued job wait for two minutes
+
+    await batches.ens.eventually(waits)
     batches.slurm.run("scontrol", "update", f"jobid={job.scheduler_id}", "starttime=now")
     ended = await batches.reach(job.id, JobState.FINISHED)
     assert ended.tasks == 2
