@@ -71,12 +71,9 @@ def init(
     DIR is the current directory when it is not named. A site that is there already is left as it
     is; one whose making was interrupted is finished.
     """
-    from ensemble import config
     from ensemble.render.text import clean
     from ensemble.site import Site, create
 
-    if dsn is not None:
-        config.check_dsn(dsn, source="--dsn")
     path = Path(os.path.abspath(folder or Path(session.named or ".").expanduser()))
     if not session.run_alone(
         create(

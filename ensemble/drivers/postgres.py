@@ -119,7 +119,10 @@ class Cluster:
             if pid is None:
                 port = None if owner is None else owner.port
                 await pgserver.launch(layout, self._settings, port)
-                await pgserver.wait_ready(layout)
+                if not await pgserver.wait_ready(layout):
+                    raise ClusterError(
+                        f"the server ended as soon as it had started (see {layout.log_file})"
+                    )
         return await self.status()
 
     async def stop(self, mode: StopMode = "fast") -> None:
