@@ -20,6 +20,7 @@ from ensemble.config import Settings, StoreSettings
 from ensemble.core.database import Address, connect
 from ensemble.core.store import Store
 from ensemble.drivers import proctree
+from ensemble.errors import StoreUnavailableError
 from ensemble.site import OWNER, Site, create
 from tests.integration.launching import Ensemble
 from tests.integration.serving import Serving
@@ -112,7 +113,12 @@ def site(
 @pytest.fixture
 async def address(site: Site) -> Address:
     """The address of an empty store."""
-    owner = await connect(site.address(OWNER), name="test set-up")
+    try:
+        owner = await connect(site.address(OWNER), name="test set-up")
+    except StoreUnavailableError:  # a test that failed has left it stopped
+        assert site.cluster is not None
+        await site.cluster.start()
+        owner = await connect(site.address(OWNER), name="test set-up")
     try:
         await owner.execute(f"TRUNCATE {TABLES} RESTART IDENTITY CASCADE")
         # One row, which a migration made.

@@ -44,6 +44,7 @@ from ensemble.core.events import (
     Leave,
     MarkDrained,
     MarkTimedOut,
+    NodesGone,
     Pair,
     PilotJoined,
     PilotLost,
@@ -107,9 +108,13 @@ class Dispatcher:
         self._unannounced: dict[int, Claim] = {}
         self._holding = Holding(policy.signal_hold_s)
         self._health = Health(policy.nodes)
+        #: The nodes that the plan has set aside.
+        self._aside: frozenset[str] = frozenset()
         self._is_claiming = False
         #: Something changed since we asked: an empty answer is not the last word.
         self._ask_again = False
+        #: The last question failed: the next one waits for a tick.
+        self._is_store_away = False
         #: Killed while the store's answer was on its way: may be in it.
         self._killed_unseen: set[Pair] = set()
         self._last_ask = now
@@ -169,8 +174,9 @@ class Dispatcher:
                 effects = self._claimed(event)
             case ClaimFailed():
                 self._is_claiming = self._is_last_look = False
+                self._is_store_away = True
                 self._killed_unseen.clear()
-                effects = self._refill() if self._ask_again else []
+                effects = []
             case WorkRang():
                 self._ask_again = self._is_claiming
                 effects = self._refill()
@@ -180,6 +186,10 @@ class Dispatcher:
                 effects = self._skipped(event)
             case PilotJoined() | PilotSilent() | PilotLost():
                 effects = self._pilot(event)
+            case NodesGone(names=names, reason=reason):
+                for name in names:
+                    self._health.give_up(name, reason)
+                effects = self._set_aside()
             case KillAsked():
                 effects = self._kill(event.pairs)
             case Ticked():
@@ -222,6 +232,9 @@ class Dispatcher:
         if self._is_claiming:
             # A task that was too wide for what we asked for may fit now.
             self._ask_again = self._ask_again or self._plan.is_roomier()
+            return effects
+        if self._is_store_away:
+            self._ask_again = True
             return effects
         room = self._plan.room(self._left_s())
         if room is None:
@@ -293,10 +306,11 @@ class Dispatcher:
                 effects = self._lose_tasks(self._plan.remove(event.node), event)
                 if event.is_final:
                     self._health.give_up(event.node, event.reason)
-                    effects.append(SetAside(dict(self._health.aside)))
+                    effects += self._set_aside()
                 return effects
             case PilotJoined():
                 self._health.trust(event.node.name)
+                self._aside -= {event.node.name}
                 self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
         if self._idle_since is not None:
             self._idle_since = self._now
@@ -362,12 +376,16 @@ class Dispatcher:
                 event = msgspec.structs.replace(event, at=run.started_at)
             self._plan.learn(run.num_nodes, (event.at - run.started_at).total_seconds())
         end = end_of(run, event)
-        may_be_explained = run.ending is None and may_be_schedulers(event.status)
-        if may_be_explained and not self.is_leaving and self._holding.take(end):
-            return self._refill()
-        effects: list[Effect] = [RecordEnd(end)]
+        effects: list[Effect] = []
         if end.outcome is Outcome.DONE or event.started_at is not None:
             effects += self._runs_well(run)
+        elif end.outcome is Outcome.LOST:
+            self._health.loses(end)
+            effects += self._set_aside()
+        is_doubtful = event.lost or event.is_cut_off or may_be_schedulers(event.status)
+        may_be_explained = run.ending is None and is_doubtful
+        if self.is_leaving or not may_be_explained or not self._holding.take(end):
+            effects.insert(0, RecordEnd(end))
         return [*effects, *self._refill()]
 
     def _runs_well(self, run: Run) -> list[Effect]:
@@ -379,16 +397,20 @@ class Dispatcher:
         if self.is_leaving or run.ending is not None:
             return [RecordEnd(end)]
         effects = self._note_long_runs(run.program, end.at)
-        aside = self._health.aside
-        before = set(aside)
         effects += map(RecordEnd, self._health.fails(run.program, end))
-        if aside.keys() == before:
-            return effects
-        for name in before.difference(aside):
+        return [*effects, *self._set_aside()]
+
+    def _set_aside(self) -> list[Effect]:
+        """Do as health says, where it says something new: give some nodes no more tasks, or trust them again."""
+        aside = self._health.aside
+        if aside.keys() == self._aside:
+            return []
+        for name in self._aside - aside.keys():
             self._plan.readmit(name)
-        waiting = [pair for name in aside.keys() - before for pair in self._plan.set_aside(name)]
-        if waiting:
-            effects.append(Recall(tuple(waiting)))
+        new = aside.keys() - self._aside
+        waiting = [pair for name in new for pair in self._plan.set_aside(name)]
+        self._aside = frozenset(aside)
+        effects: list[Effect] = [Recall(tuple(waiting))] if waiting else []
         return [*effects, SetAside(dict(aside))]
 
     def _note_long_runs(self, program: str, now: datetime | None) -> list[Effect]:
@@ -491,7 +513,9 @@ class Dispatcher:
         effects += self._tick_plan()
         if self._is_over() and not self.is_leaving:
             return [*effects, *self._drain("the time of the allocation is over")]
-        if now - self._last_ask >= self._policy.poll_s:
+        may_ask = self._is_store_away and self._ask_again
+        self._is_store_away = False
+        if may_ask or now - self._last_ask >= self._policy.poll_s:
             effects += self._refill()
         return [*effects, *self._consider_leaving()]
 

@@ -74,6 +74,10 @@ class Ended(Value, frozen=True, kw_only=True):
     status: int
     #: Whether we signalled it before it exited: then status 0 does not mean that it finished.
     was_signalled: bool = False
+    #: Whether its MPI launcher's words allow that a scheduler which ends the batch job did it.
+    is_cut_off: bool = False
+    #: Why it was its MPI launcher that failed, and not the task, when a node was lost under it.
+    lost: str | None = None
     #: Why the MPI launcher could not start the program, when that is why it ended.
     start_error: str | None = None
     #: The last lines of its output, when it did not end well.
@@ -108,6 +112,13 @@ class PilotLost(Value, frozen=True, kw_only=True):
     reason: str
     #: Whether the node gets no other one.
     is_final: bool = False
+
+
+class NodesGone(Value, frozen=True, kw_only=True):
+    """The scheduler has taken nodes out of the batch job."""
+
+    names: tuple[str, ...]
+    reason: str
 
 
 class KillAsked(Value, frozen=True, kw_only=True):
@@ -169,6 +180,7 @@ Event = (
     | PilotJoined
     | PilotSilent
     | PilotLost
+    | NodesGone
     | KillAsked
     | Ticked
     | DrainAsked

@@ -51,15 +51,20 @@ class Health:
             nodes: How many there are, or will be.
         """
         self._nodes = nodes
+        #: How many may be set aside.
+        self._most = min(max(nodes // _PART, 1), nodes - 1)
         #: Up to two nodes on which each program has run; and, of those that ran nowhere, has failed.
         self._ran_on: dict[str, tuple[str, ...]] = {}
         self._failed_on: dict[str, tuple[str, ...]] = {}
         #: How many starts in a row have failed on each node.
         self._failed: dict[str, int] = {}
+        #: How many tasks in a row were lost on each node.
+        self._lost: dict[str, int] = {}
         self._doubts: list[_Doubt] = []
         self._limit = LIMIT
-        #: The nodes that are set aside, and why.
+        #: The nodes that are set aside, and why; and those of them that are never trusted again.
         self.aside: dict[str, str] = {}
+        self._gone: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._doubts)
@@ -72,6 +77,9 @@ class Health:
     def runs(self, program: str, nodes: Sequence[str]) -> list[End]:
         """Take in that a program runs on nodes; return the failures that are not their fault."""
         _note(self._ran_on, program, nodes)
+        if self._lost:
+            for node in nodes:
+                self._lost.pop(node, None)
         if not self._failed:
             return []
         cleared = [node for node in nodes if self._failed.pop(node, 0)]
@@ -103,7 +111,7 @@ class Health:
         bad = [node for node in end.nodes if self._failed[node] >= self._limit]
         if not bad:
             return []
-        if len(self.aside) + len(bad) > min(max(self._nodes // _PART, 1), self._nodes - 1):
+        if self._on_trial + len(bad) > self._most:
             return self._forgive()
         for node in bad:
             self.aside[node] = (
@@ -111,6 +119,20 @@ class Health:
                 f"elsewhere could not start there, the last: {end.reason}"
             )
         return [self._as_lost(end) for end in self._take(lambda d: not d.nodes.isdisjoint(bad))]
+
+    def loses(self, end: End) -> None:
+        """Take in that a task was lost with one of its nodes; `aside` may be another afterwards."""
+        for node in set(end.nodes).difference(self.aside):
+            self._lost[node] = self._lost.get(node, 0) + 1
+            if self._lost[node] >= LIMIT and self._on_trial < self._most:
+                self.aside[node] = (
+                    f"{node} was set aside: {self._lost.pop(node)} tasks in a row were lost there"
+                )
+
+    @property
+    def _on_trial(self) -> int:
+        """How many nodes are set aside by what we saw, which may be wrong."""
+        return len(self.aside) - len(self._gone)
 
     def _is_its_own(self, program: str, nodes: set[str]) -> bool:
         """Tell whether a failure is plainly its task's own fault."""
@@ -123,18 +145,23 @@ class Health:
         """Trust all nodes again: it was the tasks, or what all nodes share."""
         self._limit *= 2
         self._failed.clear()
-        self.aside.clear()
+        self._lost.clear()
+        for node in self.aside.keys() - self._gone:
+            del self.aside[node]
         return self.clear()
 
     def give_up(self, node: str, reason: str) -> None:
-        """Set a node aside that is lost again and again."""
-        self._failed.pop(node, None)
+        """Set a node aside that is not there any more, or is lost again and again, however many there are."""
+        self.trust(node)
+        self._gone.add(node)
         self.aside[node] = f"{node} was set aside: {reason}"
 
     def trust(self, node: str) -> None:
         """Let a node begin anew."""
         self.aside.pop(node, None)
         self._failed.pop(node, None)
+        self._lost.pop(node, None)
+        self._gone.discard(node)
 
     def tick(self, now: float) -> list[End]:
         """Let time pass; return the failures that were no node's fault, as it seems."""

@@ -146,6 +146,8 @@ def _meaning(run: Run, event: Ended) -> tuple[Outcome, Cause | None, str | None]
             return Outcome.TIMEOUT, Cause.TIME_LIMIT, _limit(run)
         case Ending.DRAINED:
             return Outcome.TIMEOUT, Cause.ALLOCATION_ENDED, None
+        case Ending.LOST | None if event.lost is not None:
+            return Outcome.LOST, Cause.NODE_LOST, event.lost
         case Ending.LOST | None:
             return _failure(event.status)
         case _:
@@ -162,7 +164,7 @@ def _failure(status: int) -> tuple[Outcome, Cause, str]:
 
 
 def explained(end: End, reason: str) -> End:
-    """Return *end*, an exit by signal, as the cut-off by the allocation's end that it was."""
+    """Return *end*, a failure or a loss, as the cut-off by the allocation's end that it was."""
     return msgspec.structs.replace(
         end, outcome=Outcome.TIMEOUT, cause=Cause.ALLOCATION_ENDED, reason=reason
     )

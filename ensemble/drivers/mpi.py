@@ -146,16 +146,83 @@ def was_turned_away(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
     return exit_code != 0 and bool(refusals)
 
 
+def program_status(flavor: Flavor, exit_code: int, output_tail: str) -> int:
+    """Return the exit status of the program as a shell shows it: 128 + N after signal N.
+
+    All launchers pass that on but Hydra, which ends with N itself. It says so: of an exit with that status, also of
+    an MPI_Abort, it says nothing (MPICH 5.0.2).
+    """
+    found = _HYDRA_SIGNAL.findall(output_tail) if flavor in _HYDRA else []
+    return 128 + exit_code if str(exit_code) in found else exit_code
+
+
+def may_be_cut_off(flavor: Flavor, exit_code: int, output_tail: str | None) -> bool:
+    """Tell whether a failure may be the work of a scheduler that ends the batch job.
+
+    A launcher whose own processes on other nodes were taken away fails with a status of its own.
+
+    Args:
+        flavor: The launcher.
+        exit_code: As it is, not `program_status`.
+        output_tail: The end of the launcher's output; None where it is not kept, which leaves Hydra's small
+            statuses in doubt.
+    """
+    if output_tail is None:
+        return flavor in _HYDRA and exit_code in range(1, _MAX_SIGNAL)
+    words = " ".join(output_tail.split())
+    return exit_code != 0 and re.search(_CUT_OFF, words) is not None
+
+
+def lost_a_node(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
+    """Tell whether a launcher failed because a node, or its own process there, was lost."""
+    found = _LOST_NODE.get(flavor)
+    words = " ".join(output_tail.split())
+    return exit_code != 0 and found is not None and re.search(found, words) is not None
+
+
+def may_have_lost_a_node(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
+    """Tell whether a launcher failed as it does when a node is lost, and also now and then without that.
+
+    Hydra (MPICH 5.0.2) says the same, at times, of two ranks that die by a signal at once.
+    """
+    return exit_code != 0 and flavor in _HYDRA and _HYDRA_CLOSED.search(output_tail) is not None
+
+
 def may_hang(flavor: Flavor) -> bool:
     """Tell whether the launcher waits for ever when what starts its ranks on other nodes has failed.
 
     Hydra does (MPICH 5.0.2), within Slurm, when its srun was turned away: it has no child then.
     """
-    return flavor in (Flavor.MPICH, Flavor.INTEL)
+    return flavor in _HYDRA
 
 
-_STARTED_BY_SRUN = (Flavor.SRUN, Flavor.MPICH, Flavor.INTEL)
+_HYDRA = (Flavor.MPICH, Flavor.INTEL)
+_STARTED_BY_SRUN = (Flavor.SRUN, *_HYDRA)
 _TURNED_AWAY = r"srun: error: Unable to (create step|confirm allocation) for job"
+
+_MAX_SIGNAL = 64
+_HYDRA_SIGNAL = re.compile(r"EXIT STRING: .* \(signal ([0-9]+)\)")
+#: Recorded from Slurm 22.05 and MPICH 5.0.2.
+_CUT_OFF = (
+    r"\*\*\* (STEP|JOB) \S+ ON \S+ CANCELLED AT "
+    r"|srun: (Job step aborted|forcing job termination|Force Terminated|got SIGCONT)"
+    r"|\[mpiexec@\S+\] HYD"
+)
+_SLURM_LOST = (
+    r"srun: error: Node failure on |CANCELLED AT \S+ DUE TO NODE FAILURE"
+    r"|srun: error: Task launch for StepId=\S+ failed on node "
+)
+_HYDRA_CLOSED = re.compile(r"\[mpiexec@\S+\] control_cb \(\S+\): assert \(!closed\) failed")
+_OPENMPI_LOST = r"(ORTE|PRTE) has lost communication with a remote daemon"
+#: Recorded as above and from Open MPI 4.1.4; Open MPI 5's from its users' reports. The words of the others are not
+#: known: what they lose looks like failed programs.
+_LOST_NODE: Mapping[Flavor, str] = {
+    Flavor.SRUN: _SLURM_LOST,
+    Flavor.MPICH: _SLURM_LOST,
+    Flavor.INTEL: _SLURM_LOST,
+    Flavor.OPENMPI4: _OPENMPI_LOST,
+    Flavor.OPENMPI5: _OPENMPI_LOST,
+}
 
 _HYDRA_NOT_STARTED = (
     r"execvp error on file",
@@ -250,11 +317,16 @@ def environ_on_node(environ: Mapping[str, str], node: Node) -> dict[str, str]:
 
 def environ_for(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
     """Return what a launcher's command needs in its environment, besides the task's."""
+    # As for srun itself: those that reach other nodes through it.
+    return {"SLURM_OVERLAP": "1"} | _own_environ(flavor, is_root=is_root)
+
+
+def _own_environ(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
     match flavor:
         case Flavor.OPENMPI4 if is_root:
             return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         case Flavor.OPENMPI5 if is_root:
-            return environ_for(Flavor.OPENMPI4, is_root=True) | {
+            return _own_environ(Flavor.OPENMPI4, is_root=True) | {
                 "PRTE_ALLOW_RUN_AS_ROOT": "1",
                 "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             }
@@ -265,7 +337,12 @@ def environ_for(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
             return {}
 
 
-# Ending a Slurm step
+# Slurm's nodes and steps
+
+
+def nodes_argv(job_id: str) -> list[str]:
+    """List the nodes that a job has now: fewer than it had, when it has lost some and goes on."""
+    return ["squeue", "-h", "-j", job_id, "-t", "running", "-o", "%N"]
 
 
 def step_lookup_argv(job_id: str) -> list[str]:

@@ -157,11 +157,12 @@ def _intel(launch: Launch) -> list[str]:
 
 def _srun(launch: Launch) -> list[str]:
     # -N, -n and -w must agree, else srun adds or drops nodes; without --exact and --mem a step takes
-    # all of the job; without --input=none it reads the launcher's own input.
+    # all of the job; without --input=none it reads the launcher's own input. --overlap: the nodes are this task's
+    # by our own books, and Slurm's are wrong once a job has lost a node (22.05: steps would wait for ever).
     options = ["-n", str(launch.ranks), f"--cpu-bind={launch.bind('cores')}"]
     if not launch.is_virtual:
         options += ["-N", str(launch.nodes), f"--ntasks-per-node={launch.per_node}"]
-        options += ["-w", launch.hosts, "--exact", "--mem=0"]
+        options += ["-w", launch.hosts, "--exact", "--overlap", "--mem=0"]
         options += ["--overcommit"] if launch.is_crowded else ["-c", str(launch.threads)]
         if launch.claim.threads_per_core:
             options.append(f"--threads-per-core={launch.claim.threads_per_core}")

@@ -347,6 +347,7 @@ class Pilot(asyncio.Protocol):
         assert self._welcome is not None
         was_ending, running.is_ending = running.is_ending, True
         running.is_forced = running.is_forced or is_forced
+        running.process.collect()  # it may have ended just now
         running.was_signalled = running.was_signalled or running.process.exit is None
         grace_s = 0.0 if running.is_forced else self._welcome.grace_s
         await process.end_tree(running.process, grace_s=grace_s)

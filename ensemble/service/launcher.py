@@ -11,7 +11,6 @@ and then the guard ends what ran. The database may be away for as long as the le
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import Any, TypeVar, assert_never
 from ensemble import log
 from ensemble.config import LauncherSettings
 from ensemble.core import listener
-from ensemble.core.backoff import Backoff
 from ensemble.core.dispatch import Dispatcher, Policy
 from ensemble.core.events import (
     Announce,
@@ -68,10 +66,11 @@ from ensemble.core.model import (
 from ensemble.core.store import Store
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.errors import LaunchError, LeaseLostError, OutcomeUnknownError, StoreUnavailableError
-from ensemble.service import runtime, spool
+from ensemble.service import runtime
 from ensemble.service.reaper import reap
 from ensemble.service.recorder import Recorder
 from ensemble.service.runner import Post, Runner, Spawn
+from ensemble.service.settlement import Settlement
 from ensemble.service.tally import Tally
 from ensemble.service.trust import Trust
 
@@ -149,14 +148,12 @@ class Launcher:
         self._trust = Trust(
             lease, settings, guard, self._log, on_lost=lambda why: self._post(LeaseLost(reason=why))
         )
+        #: What bounds the wait for an answer to a claim, once we are to leave.
+        self._asking: asyncio.Timeout | None = None
         self._last_signal = -math.inf
-        #: What bounds the wait for the last answers, once nothing runs any more.
-        self._patience: asyncio.Timeout | None = None
-        self._is_settled = asyncio.Event()
-        #: Where the reports are that have no answer; or why they could not be written.
-        self._spool: Path | None = None
-        self._spool_error = ""
-        self._is_warned = False
+        self._settlement = Settlement(
+            lease=lease, recorder=self._recorder, trust=self._trust, spools=spools, log=self._log
+        )
         now = runtime.boottime_s()
         self._dispatcher = Dispatcher(self._runner.plan(), policy, now=now)
         self._tally = Tally(nodes=len(nodes), now=now)
@@ -174,7 +171,9 @@ class Launcher:
             closing = self._group.create_task(self._runner.close())
             if not leave.is_lost:
                 await self._tell_left_alone()
-            is_closed = await self._settle(leave)
+            is_closed = await self._settlement.run(leave, self._patience_s())
+            if is_closed:
+                await self._say_bye()
             await closing
             for worker in [*loops, *self._workers]:
                 worker.cancel()
@@ -262,6 +261,7 @@ class Launcher:
                 self._spawn(self._mark(lambda: self._lease.time_out(pairs)))
             case MarkDrained(reason):
                 self._log.info("launcher.draining", reason=reason)
+                runtime.hasten(self._asking, TICK_S)
                 self._spawn(self._mark(lambda: self._lease.drain(reason)))
             case AskProspect():
                 self._spawn(self._ask_prospect())
@@ -280,9 +280,15 @@ class Launcher:
     # ------------------------------------------------------------------ effects
 
     async def _ask(self, room: Room | SlotRoom) -> None:
-        claims = await self._try(self._claim(room))
+        try:
+            at_most_s = TICK_S if self._dispatcher.is_leaving else None
+            async with asyncio.timeout(at_most_s) as self._asking:
+                claims = await self._try(self._claim(room))
+        except TimeoutError:
+            claims = None  # what it may yet hand out is given back when the lease is closed
+        finally:
+            self._asking = None
         if claims is None:
-            await asyncio.sleep(TICK_S)  # the store is away: do not ask again at once
             self._post(ClaimFailed())
             self._doubt.set()
         else:
@@ -453,21 +459,7 @@ class Launcher:
         if now - self._last_signal >= _SAME_SIGNAL_S:
             self._last_signal = now
             self._post(DrainAsked(reason=f"received {name}"))
-            if self._patience is not None and not self._patience.expired():
-                self._hurry(self._patience)
-
-    def _hurry(self, patience: asyncio.Timeout) -> None:
-        """End the wait for the last answers: at the first asking only if nothing is lost by that."""
-        if self._spool_error and not self._is_warned:
-            self._is_warned = True
-            self._log.error(
-                "launcher.staying",
-                reports=self._recorder.waiting,
-                error=self._spool_error,
-                hint="only this process has these reports: signal it again to lose them",
-            )
-        else:
-            patience.reschedule(asyncio.get_running_loop().time() + TICK_S)
+            self._settlement.hurry()
 
     # ------------------------------------------------------------------ the end
 
@@ -485,83 +477,15 @@ class Launcher:
         if found:
             self.record["left_alone"] = {_UNFIT[why]: tasks for why, tasks in found.items()}
 
-    async def _settle(self, leave: Leave) -> bool:
-        """Wait until every report has its answer, then close the lease; return whether it is closed.
+    def _patience_s(self) -> float | None:
+        """Return how long to wait for the last answers: not much longer than the allocation lasts."""
+        if self._policy.deadline is None:
+            return None
+        left_s = self._policy.deadline - runtime.boottime_s()
+        return max(left_s + self._settings.margin_s / 2, 10.0)
 
-        That is tried for as long as the allocation lasts; what has no answer for long is written to a spool meanwhile,
-        for whoever reaps the lease.
-        """
-        patience_s = 5.0 if leave.is_lost else None
-        if patience_s is None and self._policy.deadline is not None:
-            left_s = self._policy.deadline - runtime.boottime_s()
-            patience_s = max(left_s + self._settings.margin_s / 2, 10.0)
-        keeping = None if leave.is_lost else self._group.create_task(self._keep(leave.reason))
-        try:
-            async with asyncio.timeout(patience_s) as self._patience:
-                await self._recorder.flush()
-                if not leave.is_lost:
-                    await self._close(leave.reason)
-        except TimeoutError:
-            is_answered = False
-        else:
-            is_answered = True
-        finally:
-            self._patience = None
-            self._is_settled.set()
-        if keeping is not None:
-            await keeping
-        if not is_answered:
-            await self._tell_unanswered(leave)
-        elif self._spool is not None:
-            with contextlib.suppress(OSError):
-                self._spool.unlink()
-        return is_answered and not leave.is_lost
-
-    async def _keep(self, reason: str) -> None:
-        """Write a spool when the answers take long: whoever kills a launcher that waits, loses nothing."""
-        wait_s = TICK_S
-        while self._spool is None and not await _rung(self._is_settled, wait_s):
-            await self._write_spool(reason)
-            wait_s = 5 * TICK_S
-
-    async def _write_spool(self, reason: str) -> None:
-        starts, ends = self._recorder.unanswered
-        head = spool.Head(
-            mark=self._lease.mark,
-            lease_id=self._lease.id,
-            launcher_id=self._lease.launcher_id,
-            reason=reason,
-        )
-        try:
-            self._spool = await asyncio.to_thread(
-                spool.write, self._spools, head, starts, ends, now=runtime.utc_now()
-            )
-        except (OSError, RuntimeError) as error:  # a full disk; for want of threads
-            self._spool_error = str(error)
-            self._log.error("spool.not_written", reports=len(ends), error=str(error))
-        else:
-            self._spool_error = ""
-
-    async def _tell_unanswered(self, leave: Leave) -> None:
-        if self._spool is None and not leave.is_lost:
-            await self._write_spool(leave.reason)
-        self._log.error(
-            "reports.not_written" if self._recorder.waiting else "lease.not_closed",
-            reports=self._recorder.waiting,
-            spool=None if self._spool is None else str(self._spool),
-        )
-
-    async def _close(self, reason: str) -> None:
-        """Close the lease, however often it takes, and let the guard go."""
-        backoff = Backoff(base_s=0.1, cap_s=5.0)
-        while True:
-            try:
-                await self._lease.close(reason)
-                break
-            except StoreUnavailableError as error:
-                delay_s = backoff.fail()
-                self._log.warning("store.lost", error=str(error), retry_s=delay_s)
-                await asyncio.sleep(delay_s)
+    async def _say_bye(self) -> None:
+        """Let the guard go, and tell whoever waits for what we gave back."""
         if self._guard is not None:
             self._guard.bye()
         await self._try(self._store.ring())

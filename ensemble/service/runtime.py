@@ -40,6 +40,13 @@ async def until(event: asyncio.Event, at_most_s: float) -> bool:
     return event.is_set()
 
 
+def hasten(wait: asyncio.Timeout | None, at_most_s: float) -> None:
+    """Let a wait last no longer than so long from now; None, and one that is over, are left alone."""
+    if wait is not None and not wait.expired():
+        soon = asyncio.get_running_loop().time() + at_most_s
+        wait.reschedule(min(soon, wait.when() or soon))
+
+
 def utc_now() -> datetime:
     """Return the wall clock's time; for the record, never to decide by."""
     return datetime.now(UTC)  # noqa: TID251 - this is the one place

@@ -11,9 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, assert_never
 
-from ensemble.core.events import CouldNotStart, Ended, Skipped, Started
+from msgspec.structs import replace
+
+from ensemble.core.events import CouldNotStart, Ended, NodesGone, Skipped, Started
 from ensemble.core.model import Claim, Output, Placement
 from ensemble.drivers import (
+    hostlist,
     mpi,
     mpiline,
     output as outputs,
@@ -23,16 +26,18 @@ from ensemble.drivers import (
     taskenv,
 )
 from ensemble.drivers.output import Tail
-from ensemble.errors import LaunchError
+from ensemble.errors import AllocationError, LaunchError
 from ensemble.service.runtime import utc_now
 
 #: How long to wait, each time, before a task is launched again whose step Slurm would not make.
 _AGAIN_S = (2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0, 30.0, 30.0)
 #: How often to look whether an MPI launcher waits for nothing.
 _LOOK_S = 5.0
+#: How long a node may take to run something, when it is in doubt whether it is there.
+_PROBE_S = 30.0
 
 T = TypeVar("T")
-Post = Callable[[Started | CouldNotStart | Skipped | Ended], None]
+Post = Callable[[Started | CouldNotStart | Skipped | Ended | NodesGone], None]
 
 
 @dataclass(slots=True)
@@ -97,9 +102,10 @@ async def run_task(
         return
     is_certain = argv == list(claim.argv)
     post(Started(id=claim.id, attempt=claim.attempt, at=utc_now(), is_certain=is_certain))
-    ended = await _outlast(claim, argv, handle, ground, output)
+    ended = await _outlast(claim, placement, argv, handle, ground, output)
+    gone = await _find_gone(ended, placement, handle, ground)
     for delay_s in _AGAIN_S:
-        if not _was_turned_away(argv, claim, ground, ended):
+        if gone or not _was_turned_away(argv, claim, ground, ended):
             break
         await unless_ending(handle, partial(asyncio.sleep, delay_s))
         if handle.is_ending():
@@ -109,7 +115,10 @@ async def run_task(
             output = await _start(claim, argv, env, handle, ground)
         except LaunchError:
             break  # what there is to tell, is told by the launch before
-        ended = await _outlast(claim, argv, handle, ground, output)
+        ended = await _outlast(claim, placement, argv, handle, ground, output)
+        gone = await _find_gone(ended, placement, handle, ground)
+    if gone:  # first: what failed there was lost with them
+        post(NodesGone(names=gone, reason="Slurm took it out of the job"))
     post(ended)
 
 
@@ -133,7 +142,12 @@ async def _start(
 
 
 async def _outlast(
-    claim: Claim, argv: list[str], handle: Handle, ground: Ground, output: Path | Tail | None
+    claim: Claim,
+    placement: Placement,
+    argv: list[str],
+    handle: Handle,
+    ground: Ground,
+    output: Path | Tail | None,
 ) -> Ended:
     """Wait until nothing of a task's process is left; return how it ended."""
     running = handle.process
@@ -147,20 +161,24 @@ async def _outlast(
     # A status that somebody else reaped is unknown: a failure, as it cannot be called a success.
     status = 255 if result.status is None else result.status
     kept = _close(output)
-    error_text = start_error = None
-    if status != 0:
-        error_text = await _last_lines(output, kept, ground)
-        start_error = _start_error(claim, argv, ground, status, error_text or "")
-    return Ended(
+    ended = Ended(
         id=claim.id,
         attempt=claim.attempt,
         at=at,
         status=status,
         was_signalled=was_signalled,
-        start_error=start_error,
-        error=error_text,
         output=kept,
     )
+    if status == 0:
+        return ended
+    text = await _last_lines(output, kept, ground)
+    ended = replace(ended, error=text)
+    if ground.mpi is None or argv == list(claim.argv):
+        return ended
+    ended = _interpret(ended, claim, ground.mpi)
+    if mpi.may_have_lost_a_node(ground.mpi.flavor, ended.status, text or ""):
+        return await _ask_nodes(ended, claim, placement, handle, ground)
+    return ended
 
 
 async def _wait(
@@ -193,6 +211,47 @@ def _was_turned_away(argv: list[str], claim: Claim, ground: Ground, ended: Ended
     return _is_launched(
         argv, claim, ground, lambda flavor: mpi.was_turned_away(flavor, ended.status, text)
     )
+
+
+async def _ask_nodes(
+    ended: Ended, claim: Claim, placement: Placement, handle: Handle, ground: Ground
+) -> Ended:
+    """Return how a task ended whose launcher may have lost a node: all that are there can run something."""
+    launcher = ground.mpi
+    if launcher is None or placement.nodes[0].is_virtual:
+        return ended
+    probe = replace(claim, argv=("true",), ranks_per_node=1, threads_per_rank=None, gpus_per_rank=0)
+    env = {**ground.environ, **mpi.environ_for(launcher.flavor, is_root=os.geteuid() == 0)}
+    ask = partial(
+        process.run,
+        launcher.argv(probe, placement),
+        env=env,
+        timeout_s=_PROBE_S,
+        own_session=True,
+    )
+    try:
+        answer = await unless_ending(handle, ask)
+    except LaunchError:
+        is_lost = True
+    else:
+        is_lost = answer is not None and answer.code != 0
+    return replace(ended, lost=f"{launcher.command[0]} lost a node") if is_lost else ended
+
+
+async def _find_gone(
+    ended: Ended, placement: Placement, handle: Handle, ground: Ground
+) -> tuple[str, ...]:
+    """Return those of a task's nodes that its Slurm job has not any more, when its launch failed as if so."""
+    job_id = ground.scheduler_job_id
+    may_be = ended.lost is not None or ended.start_error is not None
+    if handle.is_ending() or not may_be or ground.scheduler != "slurm" or job_id is None:
+        return ()
+    try:
+        found = await process.run(mpi.nodes_argv(job_id), timeout_s=10)
+        left = hostlist.expand(found.stdout.strip())
+    except (LaunchError, AllocationError):
+        return ()
+    return tuple(name for name in placement.names if name not in left) if left else ()
 
 
 async def _forget(output: Path | Tail | None, ground: Ground) -> None:
@@ -236,6 +295,7 @@ async def terminate(claim: Claim, handle: Handle, ground: Ground, *, is_forced: 
     running = handle.process
     if running is None:
         return  # run_task sees the doom, or `terminate` is called again when it has started
+    running.collect()  # it may have ended just now
     handle.was_signalled = handle.was_signalled or running.exit is None
     grace_s = 0.0 if handle.is_forced else ground.grace_s
     if grace_s and ground.mpi is not None and ground.mpi.end_plan.term == "step":
@@ -349,14 +409,21 @@ def _exported(claim: Claim, env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _start_error(
-    claim: Claim, argv: list[str], ground: Ground, status: int, text: str
-) -> str | None:
-    """Tell whether it was the MPI launcher that could not start the program."""
-    if ground.mpi is None or argv == list(claim.argv):
-        return None
-    if mpi.was_turned_away(ground.mpi.flavor, status, text):
-        return f"Slurm would not start {claim.argv[0]}"
-    if mpi.failed_to_start(ground.mpi.flavor, status, text):
-        return f"{ground.mpi.command[0]} could not start {claim.argv[0]}"
-    return None
+def _interpret(ended: Ended, claim: Claim, launcher: mpi.MpiLauncher) -> Ended:
+    """Return what the exit status and the last words of an MPI launcher mean."""
+    flavor, status, text = launcher.flavor, ended.status, ended.error or ""
+    command = launcher.command[0]
+    start_error = lost = None
+    if mpi.was_turned_away(flavor, status, text):
+        start_error = f"Slurm would not start {claim.argv[0]}"
+    elif mpi.failed_to_start(flavor, status, text):
+        start_error = f"{command} could not start {claim.argv[0]}"
+    elif mpi.lost_a_node(flavor, status, text):
+        lost = f"{command} lost a node"
+    return replace(
+        ended,
+        status=mpi.program_status(flavor, status, text),
+        is_cut_off=mpi.may_be_cut_off(flavor, status, ended.error),
+        start_error=start_error,
+        lost=lost,
+    )

@@ -40,7 +40,9 @@ class Trust:
         self._on_lost = on_lost
         ttl_s = settings.lease_ttl_s
         self._trust_s = ttl_s - min(settings.grace_s + 60.0, ttl_s / 2)
-        self._guard_s = self._trust_s + (ttl_s - self._trust_s) / 2
+        #: From the end of trust to the end of the lease.
+        self._rest_s = ttl_s - self._trust_s
+        self._guard_s = self._trust_s + self._rest_s / 2
         self._period_s = min(settings.heartbeat_s, self._trust_s / 3)
         self._until = math.inf
 
@@ -48,6 +50,11 @@ class Trust:
     def is_over(self) -> bool:
         """Whether what runs must be ended now."""
         return runtime.boottime_s() > self._until
+
+    @property
+    def is_lease_over(self) -> bool:
+        """Whether the lease itself has run out, as far as we know."""
+        return runtime.boottime_s() > self._until + self._rest_s
 
     def let_go(self) -> None:
         """Let the guard wait for ever: nothing runs any more that would have to be ended."""

@@ -244,7 +244,7 @@ async def test_a_new_launcher_takes_nothing_that_the_old_one_still_ends(ens: Ens
 async def test_many_who_find_one_lost_lease_read_its_spool_once(ens: Ensemble, mode: str) -> None:
     cluster = ens.site.cluster
     assert cluster is not None
-    lost = await begin(ens, mode, WAIT + "; echo x >> runs", LAUNCHER_LEASE_TTL_S=4)
+    lost = await begin(ens, mode, WAIT + "; echo x >> runs", LAUNCHER_LEASE_TTL_S=12)
     await ens.store.add([witnessed(parents=[1])])
     await cluster.stop("fast")
     go(ens)

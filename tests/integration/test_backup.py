@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -438,6 +439,14 @@ CHANGES = {
 }
 
 
+def is_same(text: bytes, data: bytes) -> bool:
+    """Tell whether a changed file holds the same: a few bits of a compressed one mean nothing."""
+    try:
+        return gzip.decompress(text) == gzip.decompress(data)
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 @WHEEL
 async def test_a_damaged_backup_changes_nothing(site, desk, tmp_path):
     await fill(desk)
@@ -458,6 +467,8 @@ async def test_a_damaged_backup_changes_nothing(site, desk, tmp_path):
         )  # past the header, whose time and system matter to nobody
         broken.append(data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :])
     for text in broken:
+        if is_same(text, data):
+            continue
         (tmp_path / "broken.gz").write_bytes(text)
         with pytest.raises(EnsembleError, match=r"broken\.gz") as caught:
             await load(site, tmp_path / "broken.gz", replace=True)

@@ -23,10 +23,12 @@ WORLD = (
     "os.write(1, f'rank {c.rank} of {c.size}, sum {c.allreduce(1)}\\n'.encode())"
 )
 SIZES = 'echo "rank ${PMI_RANK:-$OMPI_COMM_WORLD_RANK} of ${PMI_SIZE:-$OMPI_COMM_WORLD_SIZE} on ${FAKE_HOST:-here} [$GREETING]"'
-#: Stands for ssh: runs the command here with the host's name in its environment and no GREETING.
+#: Stands for ssh: runs the command here with the host's name and a directory of its own in its environment, and no
+#: GREETING.
 FAKE_SSH = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
-export FAKE_HOST="$1"; shift
+export FAKE_HOST="$1" TMPDIR="$TMPDIR/$1"; shift
+mkdir -p "$TMPDIR"
 unset GREETING
 exec sh -c "$*"
 """
@@ -153,11 +155,12 @@ def openmpi_library() -> dict[str, str]:
     pytest.skip("NOT TESTED with mpi4py on Open MPI: its libmpi.so.40 is not at a place known here")
 
 
-async def test_two_hosts_get_their_ranks_and_the_exported_variables(launcher, tmp_path):
+def by_ssh(launcher: MpiLauncher, tmp_path: Path) -> tuple[str, ...]:
+    """Return the flags that have a launcher reach hosts through something that stays here."""
     ssh = tmp_path / "fakessh"
     ssh.write_text(FAKE_SSH)
     ssh.chmod(0o755)
-    flags = {
+    return {
         Flavor.MPICH: ("-launcher", "ssh", "-launcher-exec", str(ssh)),
         # Two daemons of 4.1 on one host race for a shared topology, and one may crash.
         Flavor.OPENMPI4: (
@@ -166,7 +169,14 @@ async def test_two_hosts_get_their_ranks_and_the_exported_variables(launcher, tm
         ),
         Flavor.OPENMPI5: ("--prtemca", "plm_ssh_agent", str(ssh)),
     }[launcher.flavor]
-    placement = Placement(nodes=(Node(name="nida", cores=2), Node(name="nidb", cores=2)))
+
+
+TWO_HOSTS = Placement(nodes=(Node(name="nida", cores=2), Node(name="nidb", cores=2)))
+
+
+async def test_two_hosts_get_their_ranks_and_the_exported_variables(launcher, tmp_path):
+    flags = by_ssh(launcher, tmp_path)
+    placement = TWO_HOSTS
     task = claim("sh", "-c", SIZES, nodes=2, ranks=2, mpi_flags=flags)
     extra = {"GREETING": GREETING}
     code, output = run(launcher, launcher.argv(task, placement, extra), tmp_path, extra)
@@ -174,6 +184,30 @@ async def test_two_hosts_get_their_ranks_and_the_exported_variables(launcher, tm
     hosts = ["nida", "nida", "nidb", "nidb"]
     wanted = [f"rank {n} of 4 on {host} [{GREETING}]" for n, host in enumerate(hosts)]
     assert sorted(line for line in output.splitlines() if line.startswith("rank")) == wanted
+
+
+async def test_a_lost_host_is_recognized(launcher, tmp_path):
+    # What dies of a host first is the launcher's own process there: the parent of its ranks.
+    body = 'test "$FAKE_HOST" = nidb && kill -KILL $PPID $$; exec sleep 60'
+    flags = by_ssh(launcher, tmp_path)
+    task = claim("sh", "-c", body, nodes=2, ranks=1, mpi_flags=flags)
+    code, output = run(launcher, launcher.argv(task, TWO_HOSTS), tmp_path)
+    assert code != 0
+    tell = mpi.may_have_lost_a_node if launcher.flavor is Flavor.MPICH else mpi.lost_a_node
+    assert tell(launcher.flavor, code, output), output
+    assert not mpi.failed_to_start(launcher.flavor, code, output)
+
+
+@pytest.mark.parametrize("name", ["TERM", "KILL", "SEGV"])
+async def test_a_signal_is_told_from_the_exit_status_of_its_number(launcher, tmp_path, name):
+    number = signal.Signals[f"SIG{name}"].value
+    for body, status in [(f"kill -{name} $$; sleep 9", 128 + number), (f"exit {number}", number)]:
+        argv = launcher.argv(claim("sh", "-c", body, ranks=2), await virtual(1))
+        code, output = run(launcher, argv, tmp_path)
+        if mpi.may_have_lost_a_node(launcher.flavor, code, output):
+            continue  # of two ranks that die at once, Hydra sometimes loses count
+        assert mpi.program_status(launcher.flavor, code, output) == status, output
+        assert not mpi.lost_a_node(launcher.flavor, code, output), output
 
 
 async def test_stated_threads_bind_each_rank_to_its_own_core(launcher, tmp_path):

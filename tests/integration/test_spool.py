@@ -57,6 +57,8 @@ async def ended_unheard(
     await cluster.stop("fast")
     (ens.site.path / "log" / "go").touch()
     await ens.gone()
+    # The launcher has heard of it, too: what it is told to end before that was cut off.
+    await ens.eventually(lambda: "running=0" in launched.log)
     return launched, ids
 
 
@@ -151,6 +153,18 @@ async def test_a_database_that_comes_back_is_told_by_the_launcher_itself(
     await restart(ens)
     assert await ens.leave(launched) == 0, launched.log
     assert spool.find(spools) == {}
+    await check_ran_once(ens, *ids)
+
+
+async def test_a_launcher_whose_database_stays_away_leaves_when_its_lease_is_over(
+    ens: Ensemble, spools: Path
+) -> None:
+    launched, ids = await ended_unheard(ens, sh(WAIT), sh(WAIT), LAUNCHER_LEASE_TTL_S=16)
+    # Not even a signal is needed: trust ends first.
+    assert await ens.leave(launched, within_s=40) == 1, launched.log
+    assert list(spool.find(spools)) == [1]
+    await restart(ens)
+    assert await ens.leave(ens.launch("--idle-timeout=0")) == 0
     await check_ran_once(ens, *ids)
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from ensemble.core.model import Cause, NewTask, Outcome, Output
 from ensemble.core.states import State
+from tests.faults.witness import check, witnessed
 from tests.integration.launching import MPICH, WHEEL, sh
-from tests.slurm.batch import STUBBORN, Batch, SlurmEnsemble
+from tests.slurm.batch import FOUR_NODES, STUBBORN, Batch, SlurmEnsemble
 
 #: The settings, and what a task of MPICH's must tell the launcher.
 LAUNCHERS = [
@@ -121,6 +122,39 @@ async def test_scancel_leaves_nothing_behind(
     assert await job.end() == "CANCELLED 0:0", job.log
     for task in await ens.tasks():
         assert await ens.outcomes(task.id) == [Outcome.TIMEOUT]
+
+
+@pytest.mark.timeout(240)
+async def test_a_lost_node_s_tasks_run_elsewhere_and_it_gets_no_more(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    go = ens.site.path / "go"
+    first = f"test $ENSEMBLE_ATTEMPT -gt 1 || until test -e {go}; do sleep 0.1; done"
+    await ens.store.add([told(first, num_nodes=2), witnessed(first), witnessed(first)])
+    sbatch = ("--no-kill", *FOUR_NODES)
+    job = ens.batch("--idle-timeout=0", job_mode="mpi", settings=settings, sbatch=sbatch)
+    await ens.settle(job, State.RUNNING)
+    (wide,) = [task for task in await ens.tasks() if task.num_nodes == 2]
+    bad = (await ens.store.detail(wide.id)).attempts[0].nodes[1]
+    try:
+        with ens.slurm.without(bad):
+            ens.slurm.declare_down(bad)
+            await ens.store.add([witnessed("sleep 0.2") for _ in range(12)])
+            await job.until("node.set_aside", within_s=90)
+            go.touch()
+            assert await job.end(within_s=90) == "COMPLETED 0:0", job.log
+    finally:
+        go.unlink(missing_ok=True)
+    assert set(await ens.states()) == {State.JOB_FINISHED}, job.log
+    lost, done = (await ens.store.detail(wide.id)).attempts
+    assert (lost.outcome, lost.cause, done.outcome) == (
+        Outcome.LOST, Cause.NODE_LOST, Outcome.DONE,
+    )  # fmt: skip
+    assert bad not in {node for attempt in await ens.store.pool.fetch(
+        "SELECT unnest(nodes) AS node FROM attempt WHERE outcome = 'done'"
+    ) for node in attempt}  # fmt: skip
+    assert f"node={bad} reason='{bad} was set aside: Slurm took it out of the job'" in job.log
+    await check(ens)
 
 
 @pytest.mark.timeout(240)

@@ -19,10 +19,12 @@ from ensemble.core.events import (
     Leave,
     MarkDrained,
     MarkTimedOut,
+    NodesGone,
     ProspectTold,
     Reconciled,
     RecordEnd,
     RecordStart,
+    SetAside,
     Skipped,
     Started,
     Terminate,
@@ -41,7 +43,7 @@ class Brain:
 
     def __init__(self, nodes: int = 2, *, now: float = 0.0, **policy):
         names = [Node(name=f"n{i}", cores=4) for i in range(nodes)]
-        self.inner = Dispatcher(WholeNodes(names), Policy(**policy), now=now)
+        self.inner = Dispatcher(WholeNodes(names), Policy(nodes=nodes, **policy), now=now)
 
     def __call__(self, event):
         effects = self.inner.handle(event)
@@ -146,6 +148,19 @@ def test_after_a_failed_question_the_tick_asks_again():
     brain(WorkRang())
     assert brain(ClaimFailed()) == []
     assert kinds(brain(Ticked(now=10.0))) == [Ask]
+
+
+def test_after_a_failed_question_nothing_is_asked_before_the_tick_however_much_ends():
+    brain = Brain(3, poll_s=10.0)
+    brain.run(task(1), task(2))
+    brain(WorkRang())
+    brain(ClaimFailed())
+    assert kinds(brain(ended(task(1)))) == [RecordEnd]
+    assert brain(WorkRang()) == []
+    assert kinds(brain(Ticked(now=1.0))) == [Ask]
+    brain(ClaimFailed())
+    assert brain(Ticked(now=2.0)) == []
+    assert kinds(brain(ended(task(2)))) == [RecordEnd, Ask]
 
 
 def test_a_freed_node_is_refilled_at_once():
@@ -502,6 +517,59 @@ def test_an_end_that_is_held_back_is_not_lost_by_leaving():
     assert brain(ProspectTold(has_prospect=False)) == []
     brain(Ticked(now=6.0))
     assert end_in(brain(Ticked(now=8.0))).outcome is Outcome.ERROR
+
+
+@pytest.mark.parametrize("why", [{"is_cut_off": True}, {"lost": "mpiexec lost a node"}])
+def test_a_failure_whose_launcher_may_have_been_cut_off_is_held_back_as_well(why):
+    brain = Brain(1, signal_hold_s=2.0)
+    brain.run(task(1))
+    assert kinds(brain(ended(task(1), 255, **why))) == [Ask]
+    brain(Claimed(claims=()))
+    end = end_in(brain(DrainAsked(reason="received SIGTERM")))
+    assert (end.outcome, end.cause) == (Outcome.TIMEOUT, Cause.ALLOCATION_ENDED)
+
+
+# ------------------------------------------------------------------ nodes that are lost
+
+
+def test_a_task_that_its_launcher_lost_with_a_node_is_lost_and_not_failed():
+    brain = Brain(2)
+    brain.run(task(1, nodes=2))
+    end = end_in(brain(ended(task(1, nodes=2), 255, lost="mpiexec lost a node", error="text")))
+    assert (end.outcome, end.cause, end.reason) == (
+        Outcome.LOST, Cause.NODE_LOST, "mpiexec lost a node",
+    )  # fmt: skip
+    assert (end.exit_code, end.error, end.nodes) == (255, "text", ("n0", "n1"))
+
+
+def test_a_killed_task_that_was_lost_with_a_node_is_killed():
+    brain = Brain(2)
+    brain.run(task(1))
+    brain(kill(task(1)))
+    assert end_in(brain(ended(task(1), 255, lost="a node"))).outcome is Outcome.KILLED
+
+
+def test_a_node_on_which_tasks_are_lost_again_and_again_is_set_aside():
+    brain = Brain(2)
+    brain.run(task(9))  # on n0, to the end
+    for number in range(1, 4):
+        (launch,) = [e for e in brain(Claimed(claims=(task(number),))) if isinstance(e, Launch)]
+        assert launch.placement.names == ("n1",)
+        effects = brain(ended(task(number), 255, lost="a node"))
+    assert [effect.nodes.keys() for effect in effects if isinstance(effect, SetAside)] == [{"n1"}]
+    assert brain.inner.nodes == 1
+
+
+def test_nodes_that_the_scheduler_took_away_are_used_no_more_however_many_they_are():
+    brain = Brain(4)
+    brain.run(task(1, nodes=2))
+    (aside,) = brain(NodesGone(names=("n0", "n1", "n2"), reason="Slurm took it out of the job"))
+    assert isinstance(aside, SetAside)
+    assert aside.nodes.keys() == {"n0", "n1", "n2"}
+    assert brain.inner.nodes == 1
+    ends = brain(ended(task(1, nodes=2), 1, start_error="Slurm would not start true"))
+    assert end_in(ends).outcome is Outcome.LOST
+    assert brain(NodesGone(names=("n0",), reason="again")) == []
 
 
 # ------------------------------------------------------------------ leaving

@@ -48,7 +48,7 @@ def line(flavor, placement=REAL, *, env=None, flags=(), **fields):
         ("intel", "-hosts h1,h2 -ppn 4 -genv I_MPI_PIN off -n 8"),
         (
             "srun",
-            "-n 8 --cpu-bind=none -N 2 --ntasks-per-node=4 -w h1,h2 --exact --mem=0 -c 4 "
+            "-n 8 --cpu-bind=none -N 2 --ntasks-per-node=4 -w h1,h2 --exact --overlap --mem=0 -c 4 "
             "--input=none --export=ALL -K1 -J ens-41",
         ),
         ("pals", "-n 8 --ppn 4 --hosts h1,h2 --cpu-bind none --env V=x;y z"),
@@ -76,7 +76,7 @@ def test_real_nodes(flavor, expected):
         ("intel", "-hosts h1,h2 -ppn 4 -genv I_MPI_PIN_DOMAIN 4 -n 8"),
         (
             "srun",
-            "-n 8 --cpu-bind=cores -N 2 --ntasks-per-node=4 -w h1,h2 --exact --mem=0 -c 4 "
+            "-n 8 --cpu-bind=cores -N 2 --ntasks-per-node=4 -w h1,h2 --exact --overlap --mem=0 -c 4 "
             "--threads-per-core=2 --gpus-per-node=4 --input=none --export=ALL -K1 -J ens-41",
         ),
         ("pals", "-n 8 --ppn 4 --hosts h1,h2 --depth 4 --cpu-bind depth"),
@@ -235,6 +235,79 @@ def test_recognizes_a_program_that_did_not_start(flavor, code, text):
     assert not mpi.failed_to_start(Flavor(flavor), code, "Traceback: boom\n")
 
 
+#: As Slurm ended a job: of the same two tasks one mpiexec had its ranks' word, the other's srun was ended first.
+CUT_OFF = """\
+srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
+=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES
+=   PID 27409 RUNNING AT n1
+=   EXIT CODE: 15
+=   CLEANING UP REMAINING PROCESSES
+slurmstepd-n1: error: *** STEP 1.1 ON n1 CANCELLED AT 2026-11-23T04:51:11 ***
+srun: got SIGCONT
+YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Terminated (signal 15)
+"""
+DISTURBED = """\
+srun: forcing job termination
+[mpiexec@vm] HYDU_sock_write (/mpich-5.0.2/src/pm/hydra/lib/utils/sock.c:250): write error (Bad file descriptor)
+"""
+
+
+def test_a_signal_that_hydra_tells_as_its_number():
+    assert mpi.program_status(Flavor.MPICH, 15, CUT_OFF) == 143
+    assert mpi.program_status(Flavor.MPICH, 15, "boom\n") == 15
+    assert mpi.program_status(Flavor.MPICH, 9, CUT_OFF) == 9
+    assert mpi.program_status(Flavor.MPICH, 143, CUT_OFF) == 143
+    assert mpi.program_status(Flavor.SRUN, 15, CUT_OFF) == 15
+
+
+@pytest.mark.parametrize(
+    ("flavor", "code", "text", "expected"),
+    [
+        ("mpich", 15, CUT_OFF, True),
+        ("mpich", 255, DISTURBED, True),
+        ("mpich", 0, CUT_OFF, False),
+        ("mpich", 1, "Traceback: boom\n", False),
+        ("mpich", 15, None, True),
+        ("mpich", 0, None, False),
+        ("mpich", 255, None, False),
+        ("openmpi4", 15, None, False),
+        ("srun", 1, "srun: Force Terminated StepId=1.0\n", True),
+        ("srun", 1, "srun: error: n1: task 0: Exited with exit code 1\n", False),
+    ],
+)
+def test_what_may_be_the_work_of_a_scheduler(flavor, code, text, expected):
+    assert mpi.may_be_cut_off(Flavor(flavor), code, text) is expected
+
+
+@pytest.mark.parametrize(
+    ("flavor", "text"),
+    [
+        ("mpich", "srun: error: Node failure on n1\n"),
+        (
+            "srun",
+            "srun: error: Task launch for StepId=2.5 failed on node n1: Communication connection failure\n",
+        ),
+        ("srun", "*** STEP 5.0 ON n1 CANCELLED AT 2026-11-23T05:00:00 DUE TO NODE FAILURE ***\n"),
+        ("openmpi4", "ORTE has lost communication with a remote\ndaemon.\n"),
+        ("openmpi5", "PRTE has lost communication with a remote daemon.\n"),
+    ],
+)
+def test_recognizes_the_loss_of_a_node(flavor, text):
+    assert mpi.lost_a_node(Flavor(flavor), 1, text)
+    assert not mpi.lost_a_node(Flavor(flavor), 0, text)
+    assert not mpi.lost_a_node(Flavor(flavor), 1, "Traceback: boom\n")
+    assert not mpi.lost_a_node(Flavor.PALS, 1, text)
+
+
+def test_hydra_may_have_lost_a_node_or_its_ranks_when_a_connection_closes():
+    text = "[mpiexec@vm] control_cb (/mpich-5.0.2/src/pm/hydra/mpiexec/pmiserv_cb.c:280): assert (!closed) failed\n"
+    assert mpi.may_have_lost_a_node(Flavor.MPICH, 255, text)
+    assert not mpi.lost_a_node(Flavor.MPICH, 255, text)
+    assert not mpi.may_have_lost_a_node(Flavor.MPICH, 0, text)
+    assert not mpi.may_have_lost_a_node(Flavor.MPICH, 15, CUT_OFF)
+    assert not mpi.may_have_lost_a_node(Flavor.OPENMPI4, 255, text)
+
+
 # Environments
 
 RANK = {
@@ -268,12 +341,12 @@ def test_srun_gets_only_what_names_the_job():
 
 
 def test_environ_for():
-    assert mpi.environ_for(Flavor.OPENMPI4, is_root=False) == {}
+    assert mpi.environ_for(Flavor.OPENMPI4, is_root=False) == {"SLURM_OVERLAP": "1"}
     assert set(mpi.environ_for(Flavor.OPENMPI4, is_root=True)) == {
-        "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
+        "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "SLURM_OVERLAP",
     }  # fmt: skip
     assert "PRTE_ALLOW_RUN_AS_ROOT" in mpi.environ_for(Flavor.OPENMPI5, is_root=True)
-    assert mpi.environ_for(Flavor.SRUN, is_root=True) == {}
+    assert mpi.environ_for(Flavor.SRUN, is_root=True) == {"SLURM_OVERLAP": "1"}
 
 
 # Finding one
