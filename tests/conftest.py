@@ -20,6 +20,7 @@ from ensemble.config import Settings, StoreSettings
 from ensemble.core.database import Address, connect
 from ensemble.core.store import Store
 from ensemble.drivers import proctree
+from ensemble.drivers.postgres import Cluster
 from ensemble.errors import StoreUnavailableError
 from ensemble.site import OWNER, Site, create
 from tests.integration.launching import Ensemble
@@ -45,6 +46,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Nothing of the caller's may leak into a test.
 for name in [name for name in os.environ if name.startswith(("ENSEMBLE_", "SLURM_", "PBS_"))]:
     del os.environ[name]
+# Thousands of interpreters are started: each would compile everything again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # pytest-xdist tells its workers the width of its own terminal.
 os.environ.pop("COLUMNS", None)
 
@@ -70,7 +73,7 @@ class Eventually:
     """Waits for a condition instead of for a time."""
 
     async def __call__(
-        self, condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = 15.0
+        self, condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = 60.0
     ) -> Any:
         deadline = time.monotonic() + within_s
         while True:
@@ -105,9 +108,19 @@ def site(
     assert asyncio.run(create(path, bin_dir=bin_dir))
     found = Site(path=path, settings=Settings(store=StoreSettings(bin_dir=bin_dir)))
     assert found.cluster is not None
+    _spare_the_disk(found.cluster)
     yield found
     asyncio.run(found.cluster.stop("immediate"))
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _spare_the_disk(cluster: Cluster) -> None:
+    """Have a server not wait for the disk: it is killed in tests, its machine is not."""
+    with (cluster.folder / "pgdata" / "local.conf").open("a") as file:
+        file.write("fsync = off\nfull_page_writes = off\n")
+    pid = asyncio.run(cluster.status()).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGHUP)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ answer says what became of it (`Verdict`). The statements are in sql/functions.s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -157,8 +158,14 @@ class Lease:
             [",".join(start.nodes) for start in starts],
         )
 
-    async def finish(self, ends: Sequence[End]) -> Verdicts:
-        """Report that nothing of these attempts runs any more; closes them and releases the holds."""
+    async def finish(self, ends: Sequence[End], *, timeout_s: float | None = None) -> Verdicts:
+        """Report that nothing of these attempts runs any more; closes them and releases the holds.
+
+        Args:
+            ends: The reports.
+            timeout_s: For how long to wait for the answer; as for every other statement when None. A task with a
+                million children takes minutes: all are released with its end.
+        """
         return await self._report(
             "SELECT * FROM finish_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
             [end.id for end in ends],
@@ -172,6 +179,7 @@ class Lease:
             [storable(end.reason) for end in ends],
             [storable(end.error) for end in ends],
             [storable(end.output) for end in ends],
+            timeout_s=timeout_s,
         )
 
     async def held(self) -> dict[tuple[int, int], State]:
@@ -256,9 +264,19 @@ class Lease:
             await self._pool.fetchval("SELECT close_lease($1, 'RELEASED', $2)", self.id, reason)
             await release_held(self._pool, self.id)
 
-    async def _report(self, statement: str, *columns: list[Any]) -> Verdicts:
+    async def _report(
+        self, statement: str, *columns: list[Any], timeout_s: float | None = None
+    ) -> Verdicts:
+        async def send() -> list[asyncpg.Record]:
+            if timeout_s is None:
+                return await self._pool.fetch(statement, self.id, *columns)
+            async with self._pool.acquire() as connection, connection.transaction():
+                limit = f"SET LOCAL statement_timeout = {math.ceil(1000 * timeout_s)}"
+                await connection.execute(limit)
+                return await connection.fetch(statement, self.id, *columns, timeout=timeout_s)
+
         async with wrapped():
-            rows = await again_on_deadlock(lambda: self._pool.fetch(statement, self.id, *columns))
+            rows = await again_on_deadlock(send)
         return {(task_id, attempt): _VERDICTS[verdict] for task_id, attempt, verdict in rows}
 
 
@@ -349,10 +367,10 @@ class Reaping:
             )
         return closed
 
-    async def expire(self) -> list[int]:
-        """Close the leases that ran out in silence or whose batch job has ended."""
+    async def expire(self, *, spare: Collection[int] = ()) -> list[int]:
+        """Close the leases that ran out in silence or whose batch job has ended, but for those to *spare*."""
         async with wrapped():
-            rows = await self._pool.fetch("SELECT lease_id FROM expire_leases()")
+            rows = await self._pool.fetch("SELECT lease_id FROM expire_leases($1)", list(spare))
         return [row["lease_id"] for row in rows]
 
     async def release(self) -> int:

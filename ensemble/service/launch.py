@@ -141,7 +141,7 @@ async def _leave_word(
 ) -> None:
     try:
         async with asyncio.timeout(_WORD_S):
-            await jobs.set_record(batch_job, lease.launcher_id, record)
+            await runtime.detached(jobs.set_record(batch_job, lease.launcher_id, record))
     except (StoreUnavailableError, TimeoutError) as error:
         log.get_logger(launcher=lease.launcher_id).warning("record.not_written", error=str(error))
 

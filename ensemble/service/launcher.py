@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
@@ -331,7 +331,7 @@ class Launcher:
         if end.outcome is Outcome.ERROR and self._tally.ended - self._tally.done <= _FAILURES_SHOWN:
             self._log.warning("task.failed", task=end.id, cause=str(end.cause), reason=end.reason)
 
-    async def _mark(self, mark: Callable[[], Awaitable[int]]) -> None:
+    async def _mark(self, mark: Callable[[], Coroutine[Any, Any, int]]) -> None:
         """Write RUN_TIMEOUT for what runs, after the starts that are still on their way."""
         try:
             async with asyncio.timeout(TICK_S / 2):
@@ -358,10 +358,10 @@ class Launcher:
         has_none = held is not None and not held and found is False
         self._post(ProspectTold(has_prospect=not has_none))
 
-    async def _try(self, work: Awaitable[T]) -> T | None:
+    async def _try(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Return what the store answers; None, and what follows of it, when it does not."""
         try:
-            return await work
+            return await runtime.detached(work)
         except LeaseLostError as error:
             self._post(LeaseLost(reason=str(error)))
         except StoreUnavailableError as error:
@@ -380,6 +380,7 @@ class Launcher:
             if self._trust.is_over and not self._dispatcher.is_leaving:
                 # Others may take our tasks soon: end them now, while nobody can have started them.
                 self._log.error("lease.not_trusted")
+                runtime.hasten(self._asking, 0)
                 self._post(DrainAsked(reason="the lease was not renewed for too long"))
                 self._post(DrainAsked(reason="the lease was not renewed for too long"))
             if self._tally.ended != shown:

@@ -47,7 +47,7 @@ async def reap(store: Store, spools: Path | None = None, *, own_lease: int | Non
     for lease_id in await reaping.silent_leases(process.identity().host):
         if lease_id != own_lease and lease_id in local:
             await _end_silent(lease_id, local[lease_id])
-    for lease_id in [] if busy else await reaping.expire():
+    for lease_id in await reaping.expire(spare=busy):
         log.warning("lease.reaped", lease=lease_id, evidence="silence or its batch job's end")
         if (found := await _find_papers(reaping, lease_id, spools)) is not None:
             await asyncio.to_thread(papers.remove, found)

@@ -15,7 +15,8 @@ from ensemble.core.backoff import Backoff
 from ensemble.core.events import Pair
 from ensemble.core.leases import Lease, Verdicts
 from ensemble.core.model import End, Outcome, Start, Verdict
-from ensemble.errors import StoreFullError, StoreUnavailableError
+from ensemble.errors import OutcomeUnknownError, StoreFullError, StoreUnavailableError
+from ensemble.service.runtime import detached
 
 if TYPE_CHECKING:
     from ensemble.log import Logger
@@ -25,6 +26,10 @@ BATCH = 250
 DELAY_S = 0.05
 #: How long a row that is locked by somebody else is left alone.
 _BUSY_S = 0.5
+#: How many ends are sent at once, at most.
+_ENDS = 20 * BATCH
+#: For how long to wait for an answer to an end that takes its time: a task may have millions of children to release.
+_PATIENCE_S = 3600.0
 
 
 class Recorder:
@@ -40,6 +45,11 @@ class Recorder:
         self._awaited: dict[Pair, asyncio.Future[bool]] = {}
         #: Starts that have waited for a batch: of a shorter run, start and end are one report.
         self._ripe: set[Pair] = set()
+        #: How many ends to send at once: few after one of them may have taken too long.
+        self._most = _ENDS
+        #: Ends that had no answer when they were sent alone: they hold up no others.
+        self._slow: set[Pair] = set()
+        self._slow_news = asyncio.Event()
         self._last_pass = -math.inf
         self._news = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -93,6 +103,11 @@ class Recorder:
 
     async def run(self) -> None:
         """Send batches for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._run())
+            group.create_task(self._run_slow())
+
+    async def _run(self) -> None:
         backoff = Backoff(base_s=0.1, cap_s=5.0)
         while True:
             await self._news.wait()
@@ -108,6 +123,27 @@ class Recorder:
                 backoff.succeed()
                 if is_busy:
                     await asyncio.sleep(_BUSY_S)
+
+    async def _run_slow(self) -> None:
+        """Send what takes its time, one by one."""
+        while True:
+            await self._slow_news.wait()
+            ends = [end for pair, end in self._ends.items() if pair in self._slow][:1]
+            if not ends:
+                self._slow_news.clear()
+                continue
+            self._log.info("report.slow", task=ends[0].id, hint="it may have many children")
+            try:
+                verdicts = await self._finish(ends, timeout_s=_PATIENCE_S)
+            except StoreUnavailableError as error:
+                self._log.warning("store.lost", error=str(error), reports=self.waiting)
+                self._slow.clear()  # it was not the report that was slow: all are sent as usual
+                self._news.set()
+                continue
+            self._rest()
+            self._on_written()
+            if Verdict.BUSY in verdicts.values():
+                await asyncio.sleep(_BUSY_S)
 
     async def flush(self) -> None:
         """Return when every report has its answer; `run` must be running."""
@@ -132,24 +168,46 @@ class Recorder:
 
     async def _send(self) -> bool:
         """Send what waits, starts first; return whether rows were busy."""
-        ends = list(self._ends.values())[: 20 * BATCH]
+        ends = [end for pair, end in self._ends.items() if pair not in self._slow][: self._most]
         starts = [start for pair, start in self._starts.items() if pair in self._ripe]
         self._ripe = set(self._starts)
         verdicts: Verdicts = {}
         if starts:
-            found = await self._lease.start(starts)
+            found = await detached(self._lease.start(starts))
             self._settle(self._starts, starts, found)
             verdicts |= found
         if ends:
-            found = await self._lease.finish(sorted(ends, key=lambda end: end.id))
-            self._settle(self._ends, ends, found)
-            verdicts |= found
-        if not self.waiting:
-            self._news.clear()
-            self._idle.set()
+            try:
+                verdicts |= await self._finish(ends)
+            except OutcomeUnknownError:
+                self._part(ends)
+                raise
+            self._most = min(2 * self._most, _ENDS)
+        self._rest()
         if verdicts:
             self._on_written()
         return Verdict.BUSY in verdicts.values()
+
+    async def _finish(self, ends: list[End], *, timeout_s: float | None = None) -> Verdicts:
+        in_order = sorted(ends, key=lambda end: end.id)
+        verdicts = await detached(self._lease.finish(in_order, timeout_s=timeout_s))
+        self._settle(self._ends, ends, verdicts)
+        self._slow.intersection_update(self._ends)
+        return verdicts
+
+    def _part(self, ends: Sequence[End]) -> None:
+        """Send fewer at once; what had no answer alone is not to hold up the rest."""
+        self._most = max(len(ends) // 10, 1)
+        if len(ends) == 1:
+            self._slow.add((ends[0].id, ends[0].attempt))
+            self._slow_news.set()
+
+    def _rest(self) -> None:
+        """Wait for news when nothing is left to send."""
+        if not self._starts and self._ends.keys() <= self._slow:
+            self._news.clear()
+        if not self.waiting:
+            self._idle.set()
 
     def _settle(
         self,

@@ -40,6 +40,32 @@ async def until(event: asyncio.Event, at_most_s: float) -> bool:
     return event.is_set()
 
 
+async def detached(call: Coroutine[Any, Any, T]) -> T:
+    """Return what comes of a call of the store; whoever is cancelled meanwhile, need not wait for its end.
+
+    A pool lets a cancelled caller wait until the server has answered, or for the whole command time-out: one that
+    hangs would hold up a launcher that has to leave.
+    """
+    task = asyncio.get_running_loop().create_task(call)
+    _detached.add(task)
+    task.add_done_callback(_forget)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    return task.result()
+
+
+_detached: set[asyncio.Task[Any]] = set()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _detached.discard(task)
+    if not task.cancelled():
+        task.exception()  # whoever waited for it has it; or nobody wants it any more
+
+
 def hasten(wait: asyncio.Timeout | None, at_most_s: float) -> None:
     """Let a wait last no longer than so long from now; None, and one that is over, are left alone."""
     if wait is not None and not wait.expired():

@@ -278,7 +278,8 @@ class Service:
                 await reap(self._store, spool.folder(self._site.path))
             except (StoreUnavailableError, OSError, RuntimeError) as error:
                 self._log.warning("reap.failed", error=str(error))
-            await asyncio.sleep(_REAP_S * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+            period_s = min(_REAP_S, self._site.settings.service.period_s)
+            await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
 
 
 def _stamp(site: Path) -> _Stamp:

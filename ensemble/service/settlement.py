@@ -148,7 +148,7 @@ class Settlement:
         backoff = Backoff(base_s=0.1, cap_s=5.0)
         while True:
             try:
-                return await self._lease.close(reason)
+                return await runtime.detached(self._lease.close(reason))
             except StoreUnavailableError as error:
                 delay_s = backoff.fail()
                 self._log.warning("store.lost", error=str(error), retry_s=delay_s)

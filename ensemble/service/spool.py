@@ -16,6 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -43,6 +44,8 @@ _LAST_YEAR = 9999
 _BATCH = 1000
 #: Rows that somebody's open transaction has locked are tried again so often, so long after.
 _TRIES = 3
+#: For how long to wait for an answer: the end of a task with millions of children takes minutes.
+_PATIENCE_S = 3600.0
 _BUSY_S = 0.5
 
 _NAME = re.compile(r"lease-([1-9]\d{0,17})\.jsonl")
@@ -207,7 +210,8 @@ async def replay(store: Store, directory: Path, *, spare: Container[int] = ()) -
         spare: Leases whose spools are left alone.
 
     Returns:
-        Leases that must not be closed yet: somebody's open transaction has locked a task of theirs.
+        Leases that must not be closed yet: somebody's open transaction has locked a task of theirs, or the store had
+        no answer.
     """
     found = await asyncio.to_thread(find, directory)
     return {
@@ -225,7 +229,7 @@ async def _replay(store: Store, lease_id: int, path: Path) -> bool:
         started = await _report(lease.start, spool.starts)
         busy = {pair for pair, verdict in started.items() if verdict is Verdict.BUSY}
         ends = [end for end in spool.ends if (end.id, end.attempt) not in busy]
-        verdicts = await _report(lease.finish, ends)
+        verdicts = await _report(partial(lease.finish, timeout_s=_PATIENCE_S), ends)
         if busy or Verdict.BUSY in verdicts.values():
             log.warning("spool.busy", hint="an open transaction has locked tasks; tried again soon")
             return False
@@ -233,8 +237,9 @@ async def _replay(store: Store, lease_id: int, path: Path) -> bool:
         await asyncio.to_thread(papers.remove, papers.folder(path.parent, lease.launcher_id))
     except FileNotFoundError:
         return True  # somebody else was first
-    except StoreUnavailableError:
-        raise
+    except StoreUnavailableError as error:
+        log.warning("spool.not_written", error=str(error), hint="it is tried again soon")
+        return False
     except OSError as error:
         log.warning("spool.not_read", error=str(error))
         return True

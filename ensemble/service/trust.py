@@ -81,7 +81,7 @@ class Trust:
     async def _renew(self, *, patience_s: float) -> bool:
         try:
             async with asyncio.timeout(patience_s):
-                await self._lease.renew()
+                await runtime.detached(self._lease.renew())
         except LeaseLostError as error:
             self._on_lost(str(error))
             await asyncio.Event().wait()  # nothing is left to renew

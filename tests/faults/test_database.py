@@ -14,9 +14,12 @@ from typing import Any
 import asyncpg
 import pytest
 
+from ensemble.core.database import connect
 from ensemble.core.model import Outcome
 from ensemble.core.states import State
+from ensemble.drivers import proctree
 from ensemble.service import spool
+from ensemble.site import OWNER
 from tests.faults import witness
 from tests.faults.witness import witnessed
 from tests.integration.launching import WHEEL, Ensemble
@@ -310,4 +313,123 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(
 
     await ens.eventually(was_counted)
     assert [await ens.outcomes(task_id) for task_id in ids] == [[Outcome.DONE]] * 2
+    await witness.check(ens)
+
+
+# ---------------------------------------------------------------------------- slow, or standing still
+
+
+async def make_slow(ens: Ensemble, task_id: int, seconds: float) -> None:
+    """Have the end of a task take so long in the database, as that of one with very many children does."""
+    owner = await connect(ens.site.address(OWNER), name="test trigger")
+    try:
+        await owner.execute(
+            "CREATE OR REPLACE FUNCTION ensemble.test_slow() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;"
+            "CREATE OR REPLACE TRIGGER test_slow BEFORE UPDATE ON ensemble.task FOR EACH ROW "
+            f"WHEN (NEW.id = {task_id} AND NEW.state = 'JOB_FINISHED' AND OLD.state <> NEW.state) "
+            "EXECUTE FUNCTION ensemble.test_slow()"
+        )
+    finally:
+        owner.terminate()
+
+
+async def make_usual(ens: Ensemble) -> None:
+    owner = await connect(ens.site.address(OWNER), name="test trigger")
+    await owner.execute("DROP TRIGGER test_slow ON ensemble.task; DROP FUNCTION ensemble.test_slow")
+    owner.terminate()
+
+
+@pytest.mark.parametrize("mode", ["mpi", "serial"])
+async def test_an_end_that_takes_longer_than_any_statement_may_holds_up_no_other(
+    ens: Ensemble, mode: str
+) -> None:
+    (slow,) = await ens.store.add([witnessed()])
+    others = await ens.store.add([witnessed(f"sleep 0.{number}") for number in range(8)])
+    (child,) = await ens.store.add([witnessed(parents=[slow])])
+    await make_slow(ens, slow, 8)
+    try:
+        launched = ens.launch("--idle-timeout=1", mode=mode, STORE_COMMAND_TIMEOUT_S=1)
+        await ens.reach(State.JOB_FINISHED, *others)
+        assert (await ens.task(slow)).state is not State.JOB_FINISHED
+        await ens.reach(State.JOB_FINISHED, slow, child)
+        assert await ens.leave(launched) == 0, launched.log
+    finally:
+        await make_usual(ens)
+    assert [await ens.outcomes(task.id) for task in await ens.tasks()] == [[Outcome.DONE]] * 10
+    assert launched.events("report.slow")
+    await witness.check(ens)
+
+
+async def test_such_an_end_in_a_spool_holds_up_no_other_lease(ens: Ensemble) -> None:
+    (slow,) = await ens.store.add([witnessed()])
+    await make_slow(ens, slow, 8)
+    try:
+        lost = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1)
+        await ens.eventually(lambda: lost.events("report.slow"))
+        lost.signal(signal.SIGTERM)
+        await ens.eventually(lambda: spool.find(spool.folder(ens.site.path)))
+        lost.kill()
+        other = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1)
+        await ens.reach(State.JOB_FINISHED, slow)
+        other.signal(signal.SIGTERM)
+        assert await ens.leave(other) == 0, other.log
+    finally:
+        await make_usual(ens)
+    assert await ens.outcomes(slow) == [Outcome.DONE]
+    await witness.check(ens)
+
+
+@pytest.mark.parametrize("mode", ["mpi", "serial"])
+async def test_a_database_that_stands_still_costs_no_result(ens: Ensemble, mode: str) -> None:
+    done = await ens.store.add([witnessed(WAIT) for _ in range(3)])
+    launched = ens.launch("--persistent", mode=mode, nodes=3, LAUNCHER_LEASE_TTL_S=20)
+    await ens.reach(State.RUNNING, *done)
+    pid = int((ens.site.path / "db" / "pgdata" / "postmaster.pid").read_text().splitlines()[0])
+    server = [pid, *proctree.list_children(pid)]
+    for each in server:
+        os.kill(each, signal.SIGSTOP)
+    try:
+        go(ens)
+        # A claim is on its way that nobody answers: that is no reason to stay until the guard's deadline.
+        await ens.eventually(lambda: "reports.not_written" in launched.log)
+        assert list(spool.find(spool.folder(ens.site.path))) == [1]
+    finally:
+        for each in server:
+            os.kill(each, signal.SIGCONT)
+    assert await ens.leave(launched) == 1, launched.log
+    await ens.reach(State.JOB_FINISHED)
+    for task_id in done:
+        assert await ens.outcomes(task_id) == [Outcome.DONE]
+    await witness.check(ens)
+
+
+async def test_a_locked_task_in_one_spool_does_not_keep_other_leases_alive(ens: Ensemble) -> None:
+    (first,) = await ens.store.add([witnessed(WAIT)])
+    cluster = ens.site.cluster
+    assert cluster is not None
+    spooled = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=600)
+    await ens.reach(State.RUNNING, first)
+    await cluster.stop("fast")
+    go(ens)
+    await ens.eventually(lambda: "running=0" in spooled.log)
+    spooled.signal(signal.SIGTERM)
+    await ens.eventually(lambda: spool.find(spool.folder(ens.site.path)))
+    spooled.kill()
+    await cluster.start()
+    (second,) = await ens.store.add([witnessed("test $ENSEMBLE_ATTEMPT != 1 || sleep 600")])
+    async with ens.store.pool.acquire() as psql, psql.transaction():
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", first)
+        lost = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=4)
+        await ens.reach(State.RUNNING, second)
+        # As if it were on another host: only its silence tells.
+        await ens.store.pool.execute("UPDATE launcher SET host = 'elsewhere' WHERE id = 2")
+        lost.kill()
+        other = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=4)
+        await ens.reach(State.JOB_FINISHED, second)
+        assert (await ens.task(first)).state is State.RUNNING
+    await ens.reach(State.JOB_FINISHED, first)
+    assert await ens.outcomes(first) == [Outcome.DONE]
+    other.signal(signal.SIGTERM)
+    assert await ens.leave(other) == 0, other.log
     await witness.check(ens)

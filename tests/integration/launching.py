@@ -212,7 +212,7 @@ class Ensemble:
         self.launchers.append(launched)
         return launched
 
-    async def leave(self, launched: Launched, *, within_s: float = 30.0) -> int:
+    async def leave(self, launched: Launched, *, within_s: float = 60.0) -> int:
         """Wait until a launcher has ended; return its exit status."""
         with contextlib.suppress(AssertionError):
             await self.eventually(lambda: launched.guard.poll() is not None, within_s=within_s)
@@ -250,7 +250,7 @@ class Ensemble:
         """Return the states of all tasks by id."""
         return list((await self.store.task_states(Selector())).values())
 
-    async def reach(self, state: State, *ids: int, within_s: float = 15.0) -> None:
+    async def reach(self, state: State, *ids: int, within_s: float = 60.0) -> None:
         """Wait until tasks, all of them when none is named, are in a state."""
 
         async def reached() -> bool:
@@ -265,7 +265,7 @@ class Ensemble:
 
     async def leased(self, launched: Launched) -> int:
         """Wait until a launcher is ready; return its lease."""
-        await self.eventually(lambda: "launcher.started" in launched.log)
+        await self.eventually(lambda: "launcher.started" in launched.log, within_s=60)
         found = re.search(r"lease=(\d+)", launched.log)
         assert found, launched.log
         return int(found[1])
@@ -296,7 +296,7 @@ class Ensemble:
                 found.append(stat.pid)
         return found
 
-    async def gone(self, task_id: int | None = None, *, within_s: float = 15.0) -> None:
+    async def gone(self, task_id: int | None = None, *, within_s: float = 60.0) -> None:
         """Wait until no process of a task, or of any task of this site, is left."""
         await self.eventually(lambda: not self.processes(task_id), within_s=within_s)
 

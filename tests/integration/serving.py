@@ -306,7 +306,7 @@ class Serving:
         await self.says(served, "service.started")
         return served
 
-    async def says(self, served: Served, words: str, *, within_s: float = 15.0) -> None:
+    async def says(self, served: Served, words: str, *, within_s: float = 60.0) -> None:
         """Wait until the service has logged something."""
         with contextlib.suppress(AssertionError):
             await self.eventually(
@@ -314,7 +314,7 @@ class Serving:
             )
         assert words in served.log, f"it did not say {words!r}:\n{served.log}"
 
-    async def leave(self, served: Served, *, within_s: float = 15.0) -> int:
+    async def leave(self, served: Served, *, within_s: float = 60.0) -> int:
         """Wait until a service has ended; return its exit status."""
         with contextlib.suppress(AssertionError):
             await self.eventually(lambda: served.process.poll() is not None, within_s=within_s)
@@ -338,7 +338,7 @@ class Serving:
         """Return the batch jobs that count."""
         return await self.jobs.active()
 
-    async def reach(self, *states: str, within_s: float = 15.0) -> list[BatchJob]:
+    async def reach(self, *states: str, within_s: float = 60.0) -> list[BatchJob]:
         """Wait until the batch jobs, the oldest first, are in these states; return them."""
         with contextlib.suppress(AssertionError):
 

@@ -208,11 +208,9 @@ async def test_an_id_that_cannot_be_read_is_never_a_refusal(programs, parse):
 async def test_a_command_that_takes_too_long(programs, eventually, call, trouble):
     for name in ("sbatch", "squeue", "scancel", "sacct"):
         programs.write(name, "echo $$ > pid; echo 8; exec sleep 600")
-    begin = time.monotonic()
     error = await trouble_of(call(programs.system(timeout_s=1), programs.request()))
     assert error.trouble is trouble
     assert "within 1 s" in str(error)
-    assert time.monotonic() - begin < 10
     pid = int(programs.read("pid"))
     await eventually(lambda: not Path(f"/proc/{pid}").exists())
 
@@ -220,9 +218,7 @@ async def test_a_command_that_takes_too_long(programs, eventually, call, trouble
 async def test_what_a_command_has_started_ends_with_it(programs, eventually):
     # As sites wrap theirs: the real one is a child, and has the output.
     programs.write("squeue", "sh -c 'echo $$ > pid; exec sleep 600'; echo done")
-    begin = time.monotonic()
     await trouble_of(programs.system(timeout_s=1).listing([]))
-    assert time.monotonic() - begin < 10
     pid = int(programs.read("pid"))
     await eventually(lambda: not proctree.read_stat(pid) or proctree.read_stat(pid).is_zombie)
 

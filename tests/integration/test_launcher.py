@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -253,38 +252,34 @@ async def test_chains_run_in_order_and_without_waiting_for_a_poll(ens: Ensemble)
         sh(f'echo {n} >> "$1"', str(log), name=f"t{n}", parents=[f"t{n - 1}"] if n else [])
         for n in range(12)
     ]
-    before = time.monotonic()
-    await ens.run(*tasks)
-    took = time.monotonic() - before
+    # Twelve links before the first poll.
+    await ens.run(*tasks, LAUNCHER_POLL_S=60)
     assert log.read_text().split() == [str(n) for n in range(12)]
-    assert took < 8, "twelve links, each within a fraction of a second"
 
 
 async def test_a_wide_task_starts_as_soon_as_enough_nodes_are_free(ens: Ensemble) -> None:
     # Both nodes become free at the same moment: the question for the first must not hide the second.
     await ens.store.add([sh("sleep 0.3"), sh("sleep 0.3"), sh("true", num_nodes=2, parents=[])] * 3)
-    launched = ens.launch("--idle-timeout=5", LAUNCHER_POLL_S=60)
-    await ens.reach(State.JOB_FINISHED, within_s=8)
+    launched = ens.launch("--persistent", LAUNCHER_POLL_S=600)
+    await ens.reach(State.JOB_FINISHED, within_s=60)
     launched.signal(15)
     assert await ens.leave(launched) == 0
 
 
 async def test_a_persistent_launcher_hears_of_new_work_at_once(ens: Ensemble) -> None:
     launched = ens.launch(
-        "--persistent", "--idle-timeout=0", "--wf-filter=al%ha", LAUNCHER_POLL_S=60
+        "--persistent", "--idle-timeout=0", "--wf-filter=al%ha", LAUNCHER_POLL_S=600
     )
     await ens.leased(launched)
     await ens.eventually(lambda: len(launched.log) > 0)
     await asyncio.sleep(0)  # the listener may not be there yet: that must not matter
     (first,) = await ens.store.add([sh("true", workflow="x-al%ha-1")])
-    await ens.reach(State.JOB_FINISHED, first, within_s=3)
+    await ens.reach(State.JOB_FINISHED, first, within_s=30)
     for n in range(3):  # also a workflow that did not exist when it started
         (later, other) = await ens.store.add(
             [sh("true", workflow=f"al%ha-{n}"), sh("true", workflow="alpha")]
         )
-        before = time.monotonic()
-        await ens.reach(State.JOB_FINISHED, later, within_s=3)
-        assert time.monotonic() - before < 1
+        await ens.reach(State.JOB_FINISHED, later, within_s=30)
         assert (await ens.task(other)).state is State.PREPROCESSED
     assert launched.guard.poll() is None
     launched.signal(15)
@@ -292,11 +287,19 @@ async def test_a_persistent_launcher_hears_of_new_work_at_once(ens: Ensemble) ->
 
 
 async def test_it_leaves_after_its_idle_time_but_not_while_children_may_come(ens: Ensemble) -> None:
-    _parent, child = await ens.store.add(
-        [sh("sleep 2.5", name="p", workflow="a"), sh("true", parents=["p"], workflow="b")]
+    parent, child = await ens.store.add(
+        [
+            sh("until test -e go; do sleep 0.02; done", name="p", workflow="a"),
+            sh("true", parents=["p"], workflow="b"),
+        ]
     )
-    waiting = ens.launch("--idle-timeout=0.5", "--wf-filter=b")
-    other = ens.launch("--idle-timeout=0.5", "--wf-filter=a")
+    other = ens.launch("--idle-timeout=0.3", "--wf-filter=a")
+    await ens.reach(State.RUNNING, parent)
+    waiting = ens.launch("--idle-timeout=0.3", "--wf-filter=b")
+    await ens.leased(waiting)
+    await asyncio.sleep(1)  # more than its idle time
+    assert waiting.guard.poll() is None, waiting.log
+    (ens.workdir(await ens.task(parent)) / "go").touch()
     assert await ens.leave(other) == 0
     assert await ens.leave(waiting) == 0
     assert (await ens.task(child)).state is State.JOB_FINISHED

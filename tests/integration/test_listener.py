@@ -41,7 +41,7 @@ async def test_it_returns_after_its_backend_was_terminated(psql, listening, even
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
             " WHERE application_name = 'ensemble listener' AND usename = current_user"
         )
-    await eventually(lambda: heard.count(RESYNC) == 4 and listener.is_connected, within_s=5)
+    await eventually(lambda: heard.count(RESYNC) == 4 and listener.is_connected, within_s=30)
 
 
 async def test_it_returns_after_a_restart_of_the_server(site, psql, listening, eventually):

@@ -358,7 +358,7 @@ def test_nothing_is_left_of_a_stubborn_job_at_its_time_limit(machine: Machine, d
     assert seen.reason == "its time limit of 0.02 minutes was over"
     assert seen.started_at is not None
     assert seen.ended_at is not None
-    assert 1.5 <= seen.ended_at - seen.started_at < 10
+    assert seen.ended_at - seen.started_at >= 1.5
     assert len((machine.work / "pids").read_text().split()) == 2
     assert machine.processes() == []
 

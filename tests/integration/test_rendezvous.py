@@ -205,7 +205,7 @@ async def test_pilots_do_without_an_mpi_that_does_not_work(launcher, pilots, doe
     assert [(each["rank"], each["size"], each["place"]) for each in told] == [(0, 2, 0), (1, 2, 1)]
     assert {each["how"] for each in told} == {"environ"}
     assert note in told[1]["note"]
-    assert max(each["s"] for each in told) < 10
+    assert max(each["s"] for each in told) < 60, "it waited for who hangs"
     assert pilots.mpirun.poll() is None
     pilots.end()
     # Where MPI was begun and never finalised, Hydra may kill who leaves last; they had nothing left to do.

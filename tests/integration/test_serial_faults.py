@@ -488,10 +488,8 @@ async def test_a_killed_launcher_s_tasks_are_given_back_as_soon_as_all_its_pilot
     launched = await launch_elsewhere(ens, others)
     await running(ens, *ids)
     assert papers(launched) == ["link.json", "roll"]
-    killed = time.monotonic()
     os.kill(launched.pid, signal.SIGKILL)
-    await ens.reach(State.RESTART_READY)
-    assert time.monotonic() - killed < 5  # on a loaded machine; its lease would linger for an hour
+    await ens.reach(State.RESTART_READY, within_s=60)  # its lease would linger for an hour
     assert ens.processes() == []
     assert await ens.leave(launched) != 0
     assert "lease.lingers" not in launched.log

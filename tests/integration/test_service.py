@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 
 import pytest
 
@@ -101,13 +100,11 @@ async def test_a_task_that_is_claimed_during_the_decision_is_not_counted_twice(
 
 async def test_a_new_task_is_submitted_for_long_before_the_next_look(serving: Serving):
     serving.write(ONE)
-    text = (serving.path / "ensemble.toml").read_text().replace("period_s = 0.2", "period_s = 12")
+    text = (serving.path / "ensemble.toml").read_text().replace("period_s = 0.2", "period_s = 600")
     (serving.path / "ensemble.toml").write_text(text)
     served = await serving.started()
-    start = time.monotonic()
     await add(serving)
-    await serving.reach("SUBMITTED")
-    assert time.monotonic() - start < 6
+    await serving.reach("SUBMITTED", within_s=60)
     await serving.stop(served)
 
 
@@ -253,9 +250,8 @@ async def test_a_second_signal_does_not_wait_for_the_scheduler(serving: Serving)
     await rounds(serving, 1, of="calls")
     served.process.send_signal(signal.SIGINT)
     await serving.says(served, "service.stopping")
-    start = time.monotonic()
-    await serving.stop(served, signal.SIGINT)
-    assert time.monotonic() - start < 5
+    served.process.send_signal(signal.SIGINT)
+    assert await serving.leave(served, within_s=30) == 0  # sbatch takes a minute
     await serving.reach("NEW")
 
 

@@ -73,11 +73,12 @@ async def test_a_launcher_takes_what_another_gives_back(ens: Ensemble) -> None:
     (task_id,) = await ens.store.add([sh("test $ENSEMBLE_ATTEMPT = 2 || sleep 600")])
     first = ens.launch("--persistent", nodes=1)
     await ens.reach(State.RUNNING, task_id)
-    second = ens.launch("--idle-timeout=1", nodes=1, LAUNCHER_POLL_S=60)
+    second = ens.launch("--persistent", nodes=1, LAUNCHER_POLL_S=600)
     await ens.leased(second)
     first.signal(signal.SIGTERM)
     assert await ens.leave(first) == 0
-    await ens.reach(State.JOB_FINISHED, task_id, within_s=3)
+    await ens.reach(State.JOB_FINISHED, task_id, within_s=30)
+    second.signal(signal.SIGTERM)
     assert await ens.leave(second) == 0
 
 

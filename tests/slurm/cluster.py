@@ -22,6 +22,8 @@ from pathlib import Path
 NODES = ("n0", "n1", "n2", "n3")
 #: Debian keeps the daemons where an ordinary user's PATH does not look.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+#: What slurmctld and the slurmds read; slurm.conf is the clients'.
+DAEMONS_CONF = "daemons.conf"
 #: A job in one of these is over.
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
@@ -55,6 +57,12 @@ class Slurm:
         for word, value in values.items():
             template = template.replace(word, value)
         (path / "slurm.conf").write_text(template)
+        # A step that cannot tell slurmctld of its end sleeps for a minute, and keeps its nodes. Daemons, and they
+        # alone, go on trying for as long as a test has slurmctld away; whatever runs in a job is a client, as always.
+        prolog = path / "prolog.sh"
+        prolog.write_text(f"#!/bin/sh\necho export SLURM_CONF={path}/slurm.conf\n")
+        prolog.chmod(0o755)
+        (path / DAEMONS_CONF).write_text(f"{template}MessageTimeout=60\nTaskProlog={prolog}\n")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_"))}
         environ = inherited | {"SLURM_CONF": str(path / "slurm.conf"), "PATH": PATH}
         cluster = cls(path=path, environ=environ)
@@ -76,9 +84,10 @@ class Slurm:
         program = shutil.which(name, path=PATH)
         assert program is not None
         key = words[-1] if name == "slurmd" else name
+        environ = self.environ | {"SLURM_CONF": str(self.path / DAEMONS_CONF)}
         with (self.path / "log" / f"{key}.out").open("ab") as output:
             self.daemons[key] = subprocess.Popen(
-                [program, "-D", *words], env=self.environ, stdin=subprocess.DEVNULL,
+                [program, "-D", *words], env=environ, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, cwd=self.path, start_new_session=True,
             )  # fmt: skip
 
@@ -221,10 +230,10 @@ class Slurm:
 
     def processes(self) -> Iterator[int]:
         """Find everything that was started by or in this cluster, but the daemons."""
-        mine = f"SLURM_CONF={self.path}/slurm.conf"
+        mine = {f"SLURM_CONF={self.path}/{name}" for name in ("slurm.conf", DAEMONS_CONF)}
         others = {os.getpid(), *(daemon.pid for daemon in self.daemons.values())}
         pids = {int(entry) for entry in os.listdir("/proc") if entry.isdigit()}
-        yield from (pid for pid in pids - others if mine in environ_of(pid))
+        yield from (pid for pid in pids - others if mine.intersection(environ_of(pid)))
 
 
 def free_ports(count: int) -> list[int]:

@@ -111,12 +111,12 @@ def assert_clean(env: dict[str, str], job: Batch, node: str) -> None:
 
 async def test_a_kill_from_outside_frees_the_place_at_once(ens: SlurmEnsemble) -> None:
     victims = await ens.store.add([share(STUBBORN, 2) for _ in range(8)])
-    job = ens.batch("--idle-timeout=0")
+    job = ens.batch("--idle-timeout=0", settings={"LAUNCHER_POLL_S": 600})
     await ens.settle(job, State.RUNNING)
     (successor,) = await ens.store.add([share("true", 2)])
     await ens.store.kill([victims[3]], reason="diverged")
     await ens.gone(victims[3])
-    await ens.reach(State.JOB_FINISHED, successor, within_s=5)
+    await ens.reach(State.JOB_FINISHED, successor, within_s=60)  # no poll comes before
     nodes = await ens.nodes_of()
     assert nodes[successor] == nodes[victims[3]]
     await ens.store.kill(victims, reason="all of them")
@@ -213,7 +213,7 @@ async def take_all(ens: SlurmEnsemble, tasks: list[int], *, within_s: float) -> 
     return taken[0], taken[-1]
 
 
-async def test_a_killed_launcher_s_tasks_are_claimed_by_another_within_two_seconds(
+async def test_a_killed_launcher_s_tasks_are_claimed_by_another_without_lingering(
     ens: SlurmEnsemble,
 ) -> None:
     tasks = await ens.store.add([share(STUBBORN, 2) for _ in range(8)])
@@ -223,7 +223,8 @@ async def test_a_killed_launcher_s_tasks_are_claimed_by_another_within_two_secon
     killed = time.monotonic()
     os.kill(launcher_of(job), signal.SIGKILL)
     _, last = await take_all(ens, tasks, within_s=30)
-    assert last - killed < 2, job.log
+    # Within two seconds where the machine has nothing else to do; a lease that lingers takes more than a minute.
+    assert last - killed < 30, job.log
     await job.end()
     assert "lease.lingers" not in job.log
     assert papers(ens) == []
@@ -252,7 +253,7 @@ async def test_a_killed_launcher_s_lease_lingers_where_a_pilot_s_guard_was_kille
     await ens.eventually(is_expired, within_s=30)
     assert time.monotonic() - killed >= HASTY["LAUNCHER_PILOT_PATIENCE_S"] + KILL_S
     await reaping.release()
-    await take_all(ens, tasks, within_s=5)
+    await take_all(ens, tasks, within_s=60)
     await job.end()
     assert "link.json" not in papers(ens)
 

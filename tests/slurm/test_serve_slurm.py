@@ -18,6 +18,7 @@ from ensemble.core.model import NewTask, Outcome
 from ensemble.core.states import State
 from tests.integration.launching import WHEEL, sh
 from tests.slurm.batch import BatchSite, squeue
+from tests.slurm.cluster import DAEMONS_CONF
 
 pytestmark = WHEEL
 
@@ -155,7 +156,7 @@ async def test_what_can_never_be_submitted_pauses_the_queue(
 @contextlib.contextmanager
 def limits_are_enforced(batches: BatchSite):
     """Let Slurm refuse at once what its partitions do not allow, as most centres do."""
-    file = batches.slurm.path / "slurm.conf"
+    file = batches.slurm.path / DAEMONS_CONF
     before = file.read_text()
     file.write_text(before + "EnforcePartLimits=ALL\n")
     batches.slurm.run("scontrol", "reconfigure")

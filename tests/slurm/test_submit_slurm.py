@@ -263,6 +263,7 @@ async def test_a_user_s_requeue_starts_the_same_job_again(batches: BatchSite) ->
         return between.reason == "BeginTime"  # Slurm lets a requeued job wait for two minutes
 
     await batches.ens.eventually(waits)
+    batches.slurm.wait_until_idle()  # where its first run still ends, the second one would fail at once
     batches.slurm.run("scontrol", "update", f"jobid={job.scheduler_id}", "starttime=now")
     ended = await batches.reach(job.id, JobState.FINISHED)
     assert ended.tasks == 2

@@ -364,10 +364,11 @@ BEGIN
   RETURN false;
 END $$;
 
--- expire_leases(): closes leases whose launcher was silent for its whole ttl, or whose batch job
+-- expire_leases(p_spare): closes leases, but for some, whose launcher was silent for its whole ttl, or whose batch job
 -- has ended. The database itself must have been up for as long, so that after its own outage
 -- everybody can renew first.
-CREATE OR REPLACE FUNCTION expire_leases() RETURNS TABLE (lease_id bigint)
+DROP FUNCTION IF EXISTS expire_leases();
+CREATE OR REPLACE FUNCTION expire_leases(p_spare bigint[]) RETURNS TABLE (lease_id bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 DECLARE
   v record;
@@ -378,7 +379,7 @@ BEGIN
       JOIN launcher r ON r.id = l.launcher_id
       LEFT JOIN batch_job b ON b.id = r.batch_job_id
         AND b.state IN ('FINISHED', 'FAILED', 'TIMEOUT', 'CANCELLED')
-     WHERE l.state = 'ACTIVE'
+     WHERE l.state = 'ACTIVE' AND l.id <> ALL (p_spare)
        AND (b.id IS NOT NULL
             OR (l.expires_at < clock_timestamp()
                 AND pg_postmaster_start_time() + l.ttl < clock_timestamp()))
