@@ -111,6 +111,12 @@ def _starting(argv: Sequence[str]) -> Iterator[None]:
         del tasktree.starting[thread]
 
 
+def _refuse_without(site: str | None) -> None:
+    """Make nothing where a site was: it was moved, or its file system is not there, and would hide what is made."""
+    if site is not None and not os.path.isdir(site):
+        raise FileNotFoundError(errno.ENOENT, "the site's directory is not there", site)
+
+
 def _start(
     argv: Sequence[str],
     env: Mapping[str, str],
@@ -125,6 +131,7 @@ def _start(
     except FileExistsError:
         pass
     except FileNotFoundError:
+        _refuse_without(env.get("ENSEMBLE_SITE"))
         os.makedirs(cwd, exist_ok=True)
     output_fd = _open(output)
     try:

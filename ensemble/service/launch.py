@@ -112,7 +112,7 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
                 job_mode=options.job_mode,
                 make_runner=make_runner,
                 guard=guard,
-                spools=spool.folder(site.path),
+                site=site.path,
             )
             return await _run(launcher, jobs, lease, options.batch_job)
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from ensemble.core.events import (
     AskProspect,
     Claimed,
     ClaimFailed,
+    CouldNotStart,
     DrainAsked,
     Effect,
     Event,
@@ -66,7 +68,7 @@ from ensemble.core.model import (
 from ensemble.core.store import Store
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.errors import LaunchError, LeaseLostError, OutcomeUnknownError, StoreUnavailableError
-from ensemble.service import runtime
+from ensemble.service import runtime, spool
 from ensemble.service.reaper import reap
 from ensemble.service.recorder import Recorder
 from ensemble.service.runner import Post, Runner, Spawn
@@ -114,7 +116,7 @@ class Launcher:
         job_mode: JobMode,
         make_runner: Callable[[Post, Spawn], Runner],
         guard: GuardLink | None,
-        spools: Path,
+        site: Path,
     ) -> None:
         self._store = store
         self._lease = lease
@@ -124,7 +126,8 @@ class Launcher:
         self._policy = policy
         self._wf_filter = wf_filter
         self._guard = guard
-        self._spools = spools
+        self._site = site
+        self._spools = spool.folder(site)
         self._log = log.get_logger(launcher=lease.launcher_id)
         self._group = asyncio.TaskGroup()
         self._workers: set[asyncio.Task[None]] = set()
@@ -152,7 +155,11 @@ class Launcher:
         self._asking: asyncio.Timeout | None = None
         self._last_signal = -math.inf
         self._settlement = Settlement(
-            lease=lease, recorder=self._recorder, trust=self._trust, spools=spools, log=self._log
+            lease=lease,
+            recorder=self._recorder,
+            trust=self._trust,
+            spools=self._spools,
+            log=self._log,
         )
         now = runtime.boottime_s()
         self._dispatcher = Dispatcher(self._runner.plan(), policy, now=now)
@@ -216,6 +223,8 @@ class Launcher:
             event: Event | None = await self._events.get()
             self._tally.pass_time(runtime.boottime_s(), self._dispatcher.busy_nodes)
             while event is not None:  # hundreds come at once
+                if isinstance(event, CouldNotStart):
+                    event = self._check_site(event)
                 effects = self._dispatcher.handle(event)
                 self._log.debug("event.handled", what=event, effects=effects)
                 for effect in effects:
@@ -225,6 +234,13 @@ class Launcher:
                 if isinstance(event, PilotJoined):
                     self._learn_resources(event)
                 event = None if self._events.empty() else self._events.get_nowait()
+
+    def _check_site(self, event: CouldNotStart) -> Event:
+        """Leave when the whole site is gone: no task is to fail for that."""
+        if os.path.isdir(self._site):
+            return event
+        self._post(DrainAsked(reason=f"the site's directory {self._site} is not there"))
+        return Skipped(id=event.id, attempt=event.attempt, at=event.at)
 
     def _learn_resources(self, event: PilotJoined) -> None:
         """Put on record what the largest node has, once pilots tell."""

@@ -95,6 +95,8 @@ def start_mpirun(base: Base, number: int, nodes: Sequence[Node], log: Path) -> p
     Raises:
         LaunchError: It could not be started.
     """
+    if not base.run_directory.is_dir():  # nothing is made where a site was that has been moved
+        raise LaunchError(f"{base.run_directory} is not there")
     program = guard_argv(
         pilot.pilot_argv(base.link_path, number, len(nodes)),
         on_loss=pilot.gone_argv(base.link_path, base.marker_prefix, number),

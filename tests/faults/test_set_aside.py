@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.core.model import Cause, NewTask, Selector
+from ensemble.core.model import Cause, NewTask, Outcome, Selector
 from ensemble.core.states import State
 from tests.faults.witness import check, witnessed
 from tests.integration.launching import MPICH, WHEEL, Ensemble, sh
@@ -76,4 +76,33 @@ async def test_tasks_that_start_nowhere_set_no_node_aside(ens: Ensemble) -> None
     assert set(states.values()) == {State.JOB_FINISHED}
     states = await ens.store.task_states(Selector(ids=tuple(failing)))
     assert set(states.values()) == {State.FAILED}
+    await check(ens)
+
+
+@pytest.mark.parametrize("mode", ["mpi", "serial"])
+async def test_a_site_that_is_moved_is_not_made_anew_and_no_task_fails_for_it(
+    ens: Ensemble, mode: str
+) -> None:
+    place, elsewhere = ens.site.path, ens.site.path.with_name("moved")
+    launched = ens.launch("--persistent", mode=mode)
+    await ens.leased(launched)
+    if mode == "serial":
+        await ens.eventually(lambda: launched.events("pilot.joined"))
+    place.rename(elsewhere)
+    try:
+        await ens.store.add([witnessed() for _ in range(5)])
+        await ens.eventually(lambda: launched.guard.poll() is not None)
+        assert not place.exists()
+    finally:
+        elsewhere.rename(place)
+    assert launched.guard.returncode == 0, launched.log
+    assert f"the site's directory {place} is not there" in launched.log
+    assert {attempt.outcome for task in await ens.tasks() for attempt in (await ens.store.detail(task.id)).attempts} <= {
+        Outcome.GIVEN_BACK
+    }  # fmt: skip
+    assert await ens.leave(ens.launch("--idle-timeout=0", mode=mode)) == 0
+    assert set(await ens.states()) == {State.JOB_FINISHED}
+    # Its own papers were out of its reach when it left.
+    for link in (place / "log").glob("**/link*.json"):
+        link.unlink()
     await check(ens)
