@@ -239,7 +239,9 @@ class Launcher:
         """Leave when the whole site is gone: no task is to fail for that."""
         if os.path.isdir(self._site):
             return event
-        self._post(DrainAsked(reason=f"the site's directory {self._site} is not there"))
+        if self._failure is None:
+            self._failure = LaunchError(f"the site's directory {self._site} is not there")
+            self._post(DrainAsked(reason=str(self._failure)))
         return Skipped(id=event.id, attempt=event.attempt, at=event.at)
 
     def _learn_resources(self, event: PilotJoined) -> None:

@@ -83,6 +83,28 @@ class Ground:
     admit: Callable[[], Awaitable[None]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """A task's attempt, once it is known how its program is started."""
+
+    claim: Claim
+    placement: Placement
+    handle: Handle
+    ground: Ground
+    argv: list[str]
+    env: Mapping[str, str]
+
+    @property
+    def launcher(self) -> mpi.MpiLauncher | None:
+        """The MPI launcher that it goes through; None when the program is started by itself."""
+        return None if self.argv == list(self.claim.argv) else self.ground.mpi
+
+    @property
+    def is_in_slurm(self) -> bool:
+        """Whether an MPI launcher makes a Slurm step of it."""
+        return self.launcher is not None and self.ground.scheduler == "slurm"
+
+
 async def run_task(
     claim: Claim, placement: Placement, handle: Handle, ground: Ground, post: Post
 ) -> None:
@@ -90,71 +112,68 @@ async def run_task(
 
     When Slurm would not make its step, it is launched again, later each time.
     """
+    who = {"id": claim.id, "attempt": claim.attempt}
     try:
         env = await _prepare(claim, placement, handle, ground)
         if env is None or handle.is_ending():
-            post(Skipped(id=claim.id, attempt=claim.attempt, at=utc_now()))
+            post(Skipped(**who, at=utc_now()))
             return
         argv = command_line(claim, placement, ground, env)
-        output = await _start(claim, argv, env, handle, ground)
+        attempt = _Attempt(
+            claim=claim, placement=placement, handle=handle, ground=ground, argv=argv, env=env
+        )
+        output = await _start(attempt)
     except LaunchError as error:
-        post(CouldNotStart(id=claim.id, attempt=claim.attempt, at=utc_now(), reason=str(error)))
+        post(CouldNotStart(**who, at=utc_now(), reason=str(error)))
         return
-    is_certain = argv == list(claim.argv)
-    post(Started(id=claim.id, attempt=claim.attempt, at=utc_now(), is_certain=is_certain))
-    ended = await _outlast(claim, placement, argv, handle, ground, output)
-    gone = await _find_gone(ended, placement, handle, ground)
+    post(Started(**who, at=utc_now(), is_certain=attempt.launcher is None))
+    ended = await _outlast(attempt, output)
+    gone = await _find_gone(attempt, ended)
     for delay_s in _AGAIN_S:
-        if gone or not _was_turned_away(argv, claim, ground, ended):
+        if gone or not _was_turned_away(attempt, ended):
             break
         await unless_ending(handle, partial(asyncio.sleep, delay_s))
         if handle.is_ending():
             break
         try:
             await _forget(output, ground)
-            output = await _start(claim, argv, env, handle, ground)
+            output = await _start(attempt)
         except LaunchError:
             break  # what there is to tell, is told by the launch before
-        ended = await _outlast(claim, placement, argv, handle, ground, output)
-        gone = await _find_gone(ended, placement, handle, ground)
+        ended = await _outlast(attempt, output)
+        gone = await _find_gone(attempt, ended)
     if gone:  # first: what failed there was lost with them
         post(NodesGone(names=gone, reason="Slurm took it out of the job"))
     post(ended)
 
 
-async def _start(
-    claim: Claim, argv: list[str], env: Mapping[str, str], handle: Handle, ground: Ground
-) -> Path | Tail | None:
+async def _start(attempt: _Attempt) -> Path | Tail | None:
     """Make a task's process; return where its output goes.
 
     Raises:
         LaunchError: It could not be made.
     """
+    claim, ground = attempt.claim, attempt.ground
     output = _destination(claim, ground)
-    start = partial(spawn.start, argv, env=env, cwd=ground.site / claim.workdir, output=output)
+    cwd = ground.site / claim.workdir
+    start = partial(spawn.start, attempt.argv, env=attempt.env, cwd=cwd, output=output)
     try:
         loop = asyncio.get_running_loop()
-        handle.process = await loop.run_in_executor(ground.executor, start)
+        attempt.handle.process = await loop.run_in_executor(ground.executor, start)
     except LaunchError:
         _close(output)
         raise
     return output
 
 
-async def _outlast(
-    claim: Claim,
-    placement: Placement,
-    argv: list[str],
-    handle: Handle,
-    ground: Ground,
-    output: Path | Tail | None,
-) -> Ended:
+async def _outlast(attempt: _Attempt, output: Path | Tail | None) -> Ended:
     """Wait until nothing of a task's process is left; return how it ended."""
+    claim, handle, ground = attempt.claim, attempt.handle, attempt.ground
     running = handle.process
     assert running is not None
     if handle.is_ending():  # asked for while the process was being made
         await terminate(claim, handle, ground, is_forced=False)
-    result = await _wait(running, argv, claim, ground)
+    result = await _wait(attempt, running)
     at, was_signalled = utc_now(), handle.was_signalled
     # What is being killed has its grace from `terminate`, also after its root has gone.
     await process.sweep(running, grace_s=0 if handle.is_forced else ground.grace_s)
@@ -171,21 +190,14 @@ async def _outlast(
     )
     if status == 0:
         return ended
-    text = await _last_lines(output, kept, ground)
-    ended = replace(ended, error=text)
-    if ground.mpi is None or argv == list(claim.argv):
-        return ended
-    ended = _interpret(ended, claim, ground.mpi)
-    if mpi.may_have_lost_a_node(ground.mpi.flavor, ended.status, text or ""):
-        return await _ask_nodes(ended, claim, placement, handle, ground)
-    return ended
+    ended = replace(ended, error=await _last_lines(output, kept, ground))
+    return ended if attempt.launcher is None else await _explain(attempt, attempt.launcher, ended)
 
 
-async def _wait(
-    running: process.Process, argv: list[str], claim: Claim, ground: Ground
-) -> process.Exit:
+async def _wait(attempt: _Attempt, running: process.Process) -> process.Exit:
     """Wait for a process's end; end an MPI launcher that waits for nothing any more."""
-    may_hang = ground.scheduler == "slurm" and _is_launched(argv, claim, ground, mpi.may_hang)
+    launcher = attempt.launcher
+    may_hang = attempt.is_in_slurm and launcher is not None and mpi.may_hang(launcher.flavor)
     is_childless = False
     while may_hang:
         try:
@@ -199,59 +211,68 @@ async def _wait(
     return await running.wait()
 
 
-def _is_launched(
-    argv: list[str], claim: Claim, ground: Ground, is_such: Callable[[mpi.Flavor], bool]
-) -> bool:
-    """Tell whether a task was started by an MPI launcher, and by one of a kind."""
-    return ground.mpi is not None and argv != list(claim.argv) and is_such(ground.mpi.flavor)
-
-
-def _was_turned_away(argv: list[str], claim: Claim, ground: Ground, ended: Ended) -> bool:
-    text = ended.error or ""
-    return _is_launched(
-        argv, claim, ground, lambda flavor: mpi.was_turned_away(flavor, ended.status, text)
+def _was_turned_away(attempt: _Attempt, ended: Ended) -> bool:
+    launcher = attempt.launcher
+    return launcher is not None and mpi.was_turned_away(
+        launcher.flavor, ended.status, ended.error or ""
     )
 
 
-async def _ask_nodes(
-    ended: Ended, claim: Claim, placement: Placement, handle: Handle, ground: Ground
-) -> Ended:
-    """Return how a task ended whose launcher may have lost a node: all that are there can run something."""
-    launcher = ground.mpi
-    if launcher is None or placement.nodes[0].is_virtual:
-        return ended
+async def _explain(attempt: _Attempt, launcher: mpi.MpiLauncher, ended: Ended) -> Ended:
+    """Return what the exit status and the last words of an MPI launcher mean."""
+    flavor, status, text = launcher.flavor, ended.status, ended.error or ""
+    command, program = launcher.command[0], attempt.claim.argv[0]
+    start_error = lost = None
+    if mpi.was_turned_away(flavor, status, text):
+        start_error = f"Slurm would not start {program}"
+    elif mpi.failed_to_start(flavor, status, text):
+        start_error = f"{command} could not start {program}"
+    elif mpi.lost_a_node(flavor, status, text) or (
+        mpi.may_have_lost_a_node(flavor, status, text) and not await _do_nodes_answer(attempt)
+    ):
+        lost = f"{command} lost a node"
+    return replace(
+        ended,
+        status=mpi.program_status(flavor, status, text),
+        is_cut_off=mpi.may_be_cut_off(flavor, status, ended.error),
+        start_error=start_error,
+        lost=lost,
+    )
+
+
+async def _do_nodes_answer(attempt: _Attempt) -> bool:
+    """Tell whether all of a task's nodes can run something; True as well when that does not matter any more."""
+    launcher, claim = attempt.launcher, attempt.claim
+    if launcher is None or attempt.placement.nodes[0].is_virtual:
+        return True
     probe = replace(claim, argv=("true",), ranks_per_node=1, threads_per_rank=None, gpus_per_rank=0)
-    env = {**ground.environ, **mpi.environ_for(launcher.flavor, is_root=os.geteuid() == 0)}
+    own = mpi.environ_for(launcher.flavor, is_root=os.geteuid() == 0)
     ask = partial(
         process.run,
-        launcher.argv(probe, placement),
-        env=env,
+        launcher.argv(probe, attempt.placement),
+        env={**attempt.ground.environ, **own},
         timeout_s=_PROBE_S,
         own_session=True,
     )
     try:
-        answer = await unless_ending(handle, ask)
+        answer = await unless_ending(attempt.handle, ask)
     except LaunchError:
-        is_lost = True
-    else:
-        is_lost = answer is not None and answer.code != 0
-    return replace(ended, lost=f"{launcher.command[0]} lost a node") if is_lost else ended
+        return False
+    return answer is None or answer.code == 0
 
 
-async def _find_gone(
-    ended: Ended, placement: Placement, handle: Handle, ground: Ground
-) -> tuple[str, ...]:
+async def _find_gone(attempt: _Attempt, ended: Ended) -> tuple[str, ...]:
     """Return those of a task's nodes that its Slurm job has not any more, when its launch failed as if so."""
-    job_id = ground.scheduler_job_id
-    may_be = ended.lost is not None or ended.start_error is not None
-    if handle.is_ending() or not may_be or ground.scheduler != "slurm" or job_id is None:
+    job_id = attempt.ground.scheduler_job_id
+    may_be = ended.lost is not None or _was_turned_away(attempt, ended)
+    if not (may_be and attempt.is_in_slurm) or job_id is None or attempt.handle.is_ending():
         return ()
     try:
         found = await process.run(mpi.nodes_argv(job_id), timeout_s=10)
         left = hostlist.expand(found.stdout.strip())
     except (LaunchError, AllocationError):
         return ()
-    return tuple(name for name in placement.names if name not in left) if left else ()
+    return tuple(name for name in attempt.placement.names if name not in left) if left else ()
 
 
 async def _forget(output: Path | Tail | None, ground: Ground) -> None:
@@ -407,23 +428,3 @@ def _exported(claim: Claim, env: Mapping[str, str]) -> dict[str, str]:
         for name, value in env.items()
         if name in claim.environ or name == "OMP_NUM_THREADS" or name.startswith("ENSEMBLE_")
     }
-
-
-def _interpret(ended: Ended, claim: Claim, launcher: mpi.MpiLauncher) -> Ended:
-    """Return what the exit status and the last words of an MPI launcher mean."""
-    flavor, status, text = launcher.flavor, ended.status, ended.error or ""
-    command = launcher.command[0]
-    start_error = lost = None
-    if mpi.was_turned_away(flavor, status, text):
-        start_error = f"Slurm would not start {claim.argv[0]}"
-    elif mpi.failed_to_start(flavor, status, text):
-        start_error = f"{command} could not start {claim.argv[0]}"
-    elif mpi.lost_a_node(flavor, status, text):
-        lost = f"{command} lost a node"
-    return replace(
-        ended,
-        status=mpi.program_status(flavor, status, text),
-        is_cut_off=mpi.may_be_cut_off(flavor, status, ended.error),
-        start_error=start_error,
-        lost=lost,
-    )

@@ -11,6 +11,7 @@ import pytest
 
 from ensemble.core.model import Cause, NewTask, Outcome, Selector
 from ensemble.core.states import State
+from ensemble.errors import LaunchError
 from tests.faults.witness import check, witnessed
 from tests.integration.launching import MPICH, WHEEL, Ensemble, sh
 
@@ -95,7 +96,7 @@ async def test_a_site_that_is_moved_is_not_made_anew_and_no_task_fails_for_it(
         assert not place.exists()
     finally:
         elsewhere.rename(place)
-    assert launched.guard.returncode == 0, launched.log
+    assert launched.guard.returncode == LaunchError.exit_code, launched.log
     assert f"the site's directory {place} is not there" in launched.log
     assert {attempt.outcome for task in await ens.tasks() for attempt in (await ens.store.detail(task.id)).attempts} <= {
         Outcome.GIVEN_BACK
