@@ -307,6 +307,10 @@ class Ensemble:
         )
         return [row["task_id"] for row in rows]
 
+    async def runs(self, task_id: int) -> list[Outcome | None]:
+        """Return how a task's attempts ended, without what was claimed by who was about to leave, and given back."""
+        return [each for each in await self.outcomes(task_id) if each is not Outcome.GIVEN_BACK]
+
     async def outcomes(self, task_id: int) -> list[Outcome | None]:
         """Return how a task's attempts ended."""
         return [attempt.outcome for attempt in (await self.store.detail(task_id)).attempts]

@@ -155,7 +155,7 @@ async def test_scancel_leaves_nothing_behind(ens: SlurmEnsemble) -> None:
     await ens.settle(job, State.RESTART_READY)
     assert await job.end() == "CANCELLED 0:0", job.log
     for task in await ens.tasks():
-        assert await ens.outcomes(task.id) == [Outcome.TIMEOUT]
+        assert await ens.runs(task.id) == [Outcome.TIMEOUT]
 
 
 @pytest.mark.parametrize("victim", ["pilot", "guard"])

@@ -163,7 +163,7 @@ async def test_cancelled_jobs_end_cancelled_and_their_tasks_may_run_again(
     assert not ended.has_live_launcher
     assert await batches.ens.states() == [State.RESTART_READY] * 2
     for task in tasks:
-        assert await batches.ens.outcomes(task) == [Outcome.TIMEOUT]
+        assert await batches.ens.runs(task) == [Outcome.TIMEOUT]
 
 
 async def test_queue_cancel_ends_what_waits_and_what_runs(batches: BatchSite) -> None:
@@ -223,7 +223,7 @@ async def test_a_launcher_drains_before_slurm_ends_the_job_and_the_next_one_goes
     await batches.reach(second.id, JobState.FINISHED)
     assert await batches.ens.states() == [State.JOB_FINISHED] * 4
     for task in tasks:
-        assert await batches.ens.outcomes(task) == [Outcome.TIMEOUT, Outcome.DONE]
+        assert await batches.ens.runs(task) == [Outcome.TIMEOUT, Outcome.DONE]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ async def test_a_user_s_requeue_starts_the_same_job_again(batches: BatchSite) ->
     assert ended.tasks == 2
     assert await batches.ens.states() == [State.JOB_FINISHED] * 2
     for task in tasks:
-        assert await batches.ens.outcomes(task) == [Outcome.TIMEOUT, Outcome.DONE]
+        assert await batches.ens.runs(task) == [Outcome.TIMEOUT, Outcome.DONE]
     rows = await batches.store.pool.fetch(
         "SELECT restart_count FROM launcher WHERE batch_job_id = $1 ORDER BY id", job.id
     )
