@@ -389,7 +389,7 @@ class Pilots:
             return
         swept = await asyncio.to_thread(sweep.sweep_token, pilot_.marker_prefix)
         if not swept.left:
-            self._lost(pilot_, "its pilot and its guard were killed")
+            self._lost(pilot_, "its pilot is not heard of any more, and nothing of it is left")
 
     def _gone(self, gone: Gone) -> None:
         """Nothing is left of a pilot: its guard, or what is left of itself, says so."""
