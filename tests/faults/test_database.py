@@ -370,7 +370,7 @@ async def test_such_an_end_in_a_spool_holds_up_no_other_lease(ens: Ensemble) -> 
         lost.signal(signal.SIGTERM)
         await ens.eventually(lambda: spool.find(spool.folder(ens.site.path)))
         lost.kill()
-        other = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1)
+        other = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1, LAUNCHER_LEASE_TTL_S=8)
         await ens.reach(State.JOB_FINISHED, slow)
         other.signal(signal.SIGTERM)
         assert await ens.leave(other) == 0, other.log
