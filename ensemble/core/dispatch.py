@@ -375,7 +375,7 @@ class Dispatcher:
             if event.at < run.started_at:  # two reports, each dated by its own age
                 event = msgspec.structs.replace(event, at=run.started_at)
             self._plan.learn(run.num_nodes, (event.at - run.started_at).total_seconds())
-        end = end_of(run, event)
+        end = end_of(run, event, self._leaving)
         effects: list[Effect] = []
         if end.outcome is Outcome.DONE or event.started_at is not None:
             effects += self._runs_well(run)

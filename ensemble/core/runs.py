@@ -88,9 +88,17 @@ def failed_start(
     )
 
 
-def end_of(run: Run, event: Ended) -> End:
-    """Return the end of a run whose processes are gone."""
+def end_of(run: Run, event: Ended, leaving: str | None = None) -> End:
+    """Return the end of a run whose processes are gone.
+
+    Args:
+        run: The run.
+        event: Its end.
+        leaving: Why the launcher leaves, if it does.
+    """
     outcome, cause, reason = _meaning(run, event)
+    if cause is Cause.ALLOCATION_ENDED:
+        reason = leaving
     return End(
         id=run.id,
         attempt=run.attempt,

@@ -294,7 +294,7 @@ def test_what_waits_and_no_service_is_there(ens):
 
 def test_pause_and_resume(ens):
     write(ens, "[queue.debug]\n[queue.prod]\n")
-    ens("add", "--", "true")
+    ens("add", "--", "sleep", "60")
     assert ens("queue", "pause", "debug", "--reason", "Friday\x1b[31m\n") == (
         "debug: paused (ensemble queue resume debug)\n"
     )
@@ -310,6 +310,8 @@ def test_pause_and_resume(ens):
     ens.fails(3, "there is no queue policy 'nope'; known: debug, prod", "queue", "pause", "nope")
     ens.fails(2, "--all", "queue", "pause")
     ens.fails(2, "--all", "queue", "resume", "debug", "--all")
+    ens("queue", "cancel", "--all")
+    until(lambda: not active(ens))
 
 
 def test_cancel(ens):

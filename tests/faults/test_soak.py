@@ -30,8 +30,9 @@ async def test_some_seconds_of_every_kind_of_trouble_break_nothing() -> None:
 
 async def finish(ens: Ensemble) -> None:
     """Have another launcher run what is to run again; then look at everything."""
-    other = ens.launch("--idle-timeout=0", **QUICK)
-    await ens.reach(State.JOB_FINISHED, within_s=30)
+    other = ens.launch("--persistent", **QUICK)
+    await ens.reach(State.JOB_FINISHED)
+    other.signal(signal.SIGTERM)
     assert await ens.leave(other) == 0, other.log
     await witness.check(ens)
 

@@ -14,7 +14,6 @@ from ensemble.core.model import JobMode, Node, Room
 from ensemble.core.states import State
 from ensemble.core.store import Store
 from ensemble.errors import StoreUnavailableError
-from ensemble.service import spool
 from ensemble.service.launcher import Launcher
 from ensemble.service.runner import MpiRunner
 from tests.integration.launching import WHEEL, Ensemble, sh
@@ -42,7 +41,7 @@ async def test_a_filter_that_could_not_be_looked_up_does_not_let_everything_thro
             nodes, cast("Any", None), max_launches=1, post=post, spawn=spawn
         ),
         guard=None,
-        spools=spool.folder(Path("nowhere")),
+        site=Path("nowhere"),
     )
     room = Room(nodes=1, left_s=None, max_tasks=1)
     for _ in range(2):
