@@ -209,6 +209,7 @@ def test_the_database_commands(ens):
 
 
 def test_a_database_that_is_down_is_exit_4_and_says_how_to_start_it(ens):
+    ens("add", "--workflow", "kept", "--", "true")
     ens("db", "stop")
     try:
         for words in (("ls",), ("add", "--", "true"), ("status",), ("launch", "--nodes", "1")):
@@ -217,7 +218,7 @@ def test_a_database_that_is_down_is_exit_4_and_says_how_to_start_it(ens):
         assert (done.status, "stopped" in done.out) == (1, True)
     finally:
         ens("db", "start")
-    assert ens("ls")
+    assert "kept" in [task["workflow"] for task in ens.json("ls")]
 
 
 def test_an_external_database_is_not_started_or_stopped(ens, tmp_path):
