@@ -376,16 +376,15 @@ class Dispatcher:
                 event = msgspec.structs.replace(event, at=run.started_at)
             self._plan.learn(run.num_nodes, (event.at - run.started_at).total_seconds())
         end = end_of(run, event, self._leaving)
-        effects: list[Effect] = []
+        is_doubtful = event.lost or event.is_cut_off or may_be_schedulers(event.status)
+        may_be_explained = run.ending is None and is_doubtful and not self.is_leaving
+        is_held = may_be_explained and self._holding.take(end)
+        effects: list[Effect] = [] if is_held else [RecordEnd(end)]
         if end.outcome is Outcome.DONE or event.started_at is not None:
             effects += self._runs_well(run)
         elif end.outcome is Outcome.LOST:
             self._health.loses(end)
             effects += self._set_aside()
-        is_doubtful = event.lost or event.is_cut_off or may_be_schedulers(event.status)
-        may_be_explained = run.ending is None and is_doubtful
-        if self.is_leaving or not may_be_explained or not self._holding.take(end):
-            effects.insert(0, RecordEnd(end))
         return [*effects, *self._refill()]
 
     def _runs_well(self, run: Run) -> list[Effect]:

@@ -131,10 +131,7 @@ def failed_to_start(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
     By the launchers' own words: their exit codes here (Hydra 255, Open MPI 1 and 66 to 213) may be a
     program's as well.
     """
-    if exit_code == 0:
-        return False
-    words = " ".join(output_tail.split())
-    return any(re.search(pattern, words) for pattern in _NOT_STARTED.get(flavor, ()))
+    return exit_code != 0 and _says(output_tail, *_NOT_STARTED.get(flavor, ()))
 
 
 def was_turned_away(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
@@ -169,15 +166,12 @@ def may_be_cut_off(flavor: Flavor, exit_code: int, output_tail: str | None) -> b
     """
     if output_tail is None:
         return flavor in _HYDRA and exit_code in range(1, _MAX_SIGNAL)
-    words = " ".join(output_tail.split())
-    return exit_code != 0 and re.search(_CUT_OFF, words) is not None
+    return exit_code != 0 and _says(output_tail, *_CUT_OFF)
 
 
 def lost_a_node(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
     """Tell whether a launcher failed because a node, or its own process there, was lost."""
-    found = _LOST_NODE.get(flavor)
-    words = " ".join(output_tail.split())
-    return exit_code != 0 and found is not None and re.search(found, words) is not None
+    return exit_code != 0 and _says(output_tail, *_LOST_NODE.get(flavor, ()))
 
 
 def may_have_lost_a_node(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
@@ -196,6 +190,12 @@ def may_hang(flavor: Flavor) -> bool:
     return flavor in _HYDRA
 
 
+def _says(output_tail: str, *patterns: str) -> bool:
+    """Tell whether one of the patterns is in a text, however its lines were broken."""
+    words = " ".join(output_tail.split())
+    return any(re.search(pattern, words) for pattern in patterns)
+
+
 _HYDRA = (Flavor.MPICH, Flavor.INTEL)
 _STARTED_BY_SRUN = (Flavor.SRUN, *_HYDRA)
 _TURNED_AWAY = r"srun: error: Unable to (create step|confirm allocation) for job"
@@ -204,19 +204,20 @@ _MAX_SIGNAL = 64
 _HYDRA_SIGNAL = re.compile(r"EXIT STRING: .* \(signal ([0-9]+)\)")
 #: Recorded from Slurm 22.05 and MPICH 5.0.2.
 _CUT_OFF = (
-    r"\*\*\* (STEP|JOB) \S+ ON \S+ CANCELLED AT "
-    r"|srun: (Job step aborted|forcing job termination|Force Terminated|got SIGCONT)"
-    r"|\[mpiexec@\S+\] HYD"
+    r"\*\*\* (STEP|JOB) \S+ ON \S+ CANCELLED AT ",
+    r"srun: (Job step aborted|forcing job termination|Force Terminated|got SIGCONT)",
+    r"\[mpiexec@\S+\] HYD",
 )
 _SLURM_LOST = (
-    r"srun: error: Node failure on |CANCELLED AT \S+ DUE TO NODE FAILURE"
-    r"|srun: error: Task launch for StepId=\S+ failed on node "
+    r"srun: error: Node failure on ",
+    r"CANCELLED AT \S+ DUE TO NODE FAILURE",
+    r"srun: error: Task launch for StepId=\S+ failed on node ",
 )
 _HYDRA_CLOSED = re.compile(r"\[mpiexec@\S+\] control_cb \(\S+\): assert \(!closed\) failed")
-_OPENMPI_LOST = r"(ORTE|PRTE) has lost communication with a remote daemon"
+_OPENMPI_LOST = (r"(ORTE|PRTE) has lost communication with a remote daemon",)
 #: Recorded as above and from Open MPI 4.1.4; Open MPI 5's from its users' reports. The words of the others are not
 #: known: what they lose looks like failed programs.
-_LOST_NODE: Mapping[Flavor, str] = {
+_LOST_NODE: Mapping[Flavor, tuple[str, ...]] = {
     Flavor.SRUN: _SLURM_LOST,
     Flavor.MPICH: _SLURM_LOST,
     Flavor.INTEL: _SLURM_LOST,

@@ -238,7 +238,7 @@ async def _replay(store: Store, lease_id: int, path: Path) -> bool:
     except FileNotFoundError:
         return True  # somebody else was first
     except StoreUnavailableError as error:
-        log.warning("spool.not_written", error=str(error), hint="it is tried again soon")
+        log.warning("spool.not_recorded", error=str(error), hint="it is tried again soon")
         return False
     except OSError as error:
         log.warning("spool.not_read", error=str(error))

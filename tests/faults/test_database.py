@@ -14,12 +14,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from ensemble.core.database import connect
 from ensemble.core.model import Outcome
 from ensemble.core.states import State
 from ensemble.drivers import proctree
 from ensemble.service import spool
-from ensemble.site import OWNER
 from tests.faults import witness
 from tests.faults.witness import witnessed
 from tests.integration.launching import WHEEL, Ensemble
@@ -45,6 +43,11 @@ def go(ens: Ensemble) -> None:
     (ens.site.path / "log" / "go").touch()
 
 
+def postmaster(ens: Ensemble) -> int:
+    """Return the process id of the database's first process."""
+    return int((ens.site.path / "db" / "pgdata" / "postmaster.pid").read_text().splitlines()[0])
+
+
 async def stop(ens: Ensemble, how: str) -> None:
     """Stop the database; or kill it, and leave everything as it is."""
     cluster = ens.site.cluster
@@ -52,7 +55,7 @@ async def stop(ens: Ensemble, how: str) -> None:
     if how != "kill":
         await cluster.stop(how)
         return
-    pid = int((ens.site.path / "db" / "pgdata" / "postmaster.pid").read_text().splitlines()[0])
+    pid = postmaster(ens)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -319,63 +322,47 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(
 # ---------------------------------------------------------------------------- slow, or standing still
 
 
-async def make_slow(ens: Ensemble, task_id: int, seconds: float) -> None:
-    """Have the end of a task take so long in the database, as that of one with very many children does."""
-    owner = await connect(ens.site.address(OWNER), name="test trigger")
-    try:
-        await owner.execute(
-            "CREATE OR REPLACE FUNCTION ensemble.test_slow() RETURNS trigger LANGUAGE plpgsql AS "
-            f"$$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;"
-            "CREATE OR REPLACE TRIGGER test_slow BEFORE UPDATE ON ensemble.task FOR EACH ROW "
-            f"WHEN (NEW.id = {task_id} AND NEW.state = 'JOB_FINISHED' AND OLD.state <> NEW.state) "
-            "EXECUTE FUNCTION ensemble.test_slow()"
-        )
-    finally:
-        owner.terminate()
-
-
-async def make_usual(ens: Ensemble) -> None:
-    owner = await connect(ens.site.address(OWNER), name="test trigger")
+@pytest.fixture
+async def slow(ens: Ensemble, owner: asyncpg.Connection[Any]) -> AsyncIterator[int]:
+    """A task whose end takes eight seconds in the database, as that of one with very many children does."""
+    (task_id,) = await ens.store.add([witnessed()])
+    await owner.execute(
+        "CREATE FUNCTION ensemble.test_slow() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_sleep(8); RETURN NEW; END $$;"
+        "CREATE TRIGGER test_slow BEFORE UPDATE ON ensemble.task FOR EACH ROW "
+        f"WHEN (NEW.id = {task_id} AND NEW.state = 'JOB_FINISHED' AND OLD.state <> NEW.state) "
+        "EXECUTE FUNCTION ensemble.test_slow()"
+    )
+    yield task_id
     await owner.execute("DROP TRIGGER test_slow ON ensemble.task; DROP FUNCTION ensemble.test_slow")
-    owner.terminate()
 
 
 @pytest.mark.parametrize("mode", ["mpi", "serial"])
 async def test_an_end_that_takes_longer_than_any_statement_may_holds_up_no_other(
-    ens: Ensemble, mode: str
+    ens: Ensemble, slow: int, mode: str
 ) -> None:
-    (slow,) = await ens.store.add([witnessed()])
     others = await ens.store.add([witnessed(f"sleep 0.{number}") for number in range(8)])
     (child,) = await ens.store.add([witnessed(parents=[slow])])
-    await make_slow(ens, slow, 8)
-    try:
-        launched = ens.launch("--idle-timeout=1", mode=mode, STORE_COMMAND_TIMEOUT_S=1)
-        await ens.reach(State.JOB_FINISHED, *others)
-        assert (await ens.task(slow)).state is not State.JOB_FINISHED
-        await ens.reach(State.JOB_FINISHED, slow, child)
-        assert await ens.leave(launched) == 0, launched.log
-    finally:
-        await make_usual(ens)
+    launched = ens.launch("--idle-timeout=1", mode=mode, STORE_COMMAND_TIMEOUT_S=1)
+    await ens.reach(State.JOB_FINISHED, *others)
+    assert (await ens.task(slow)).state is not State.JOB_FINISHED
+    await ens.reach(State.JOB_FINISHED, slow, child)
+    assert await ens.leave(launched) == 0, launched.log
     assert [await ens.outcomes(task.id) for task in await ens.tasks()] == [[Outcome.DONE]] * 10
     assert launched.events("report.slow")
     await witness.check(ens)
 
 
-async def test_such_an_end_in_a_spool_holds_up_no_other_lease(ens: Ensemble) -> None:
-    (slow,) = await ens.store.add([witnessed()])
-    await make_slow(ens, slow, 8)
-    try:
-        lost = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1)
-        await ens.eventually(lambda: lost.events("report.slow"))
-        lost.signal(signal.SIGTERM)
-        await ens.eventually(lambda: spool.find(spool.folder(ens.site.path)))
-        lost.kill()
-        other = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1, LAUNCHER_LEASE_TTL_S=8)
-        await ens.reach(State.JOB_FINISHED, slow)
-        other.signal(signal.SIGTERM)
-        assert await ens.leave(other) == 0, other.log
-    finally:
-        await make_usual(ens)
+async def test_such_an_end_in_a_spool_holds_up_no_other_lease(ens: Ensemble, slow: int) -> None:
+    lost = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1)
+    await ens.eventually(lambda: lost.events("report.slow"))
+    lost.signal(signal.SIGTERM)
+    await ens.eventually(lambda: spool.find(spool.folder(ens.site.path)))
+    lost.kill()
+    other = ens.launch("--persistent", STORE_COMMAND_TIMEOUT_S=1, LAUNCHER_LEASE_TTL_S=8)
+    await ens.reach(State.JOB_FINISHED, slow)
+    other.signal(signal.SIGTERM)
+    assert await ens.leave(other) == 0, other.log
     assert await ens.outcomes(slow) == [Outcome.DONE]
     await witness.check(ens)
 
@@ -385,7 +372,7 @@ async def test_a_database_that_stands_still_costs_no_result(ens: Ensemble, mode:
     done = await ens.store.add([witnessed(WAIT) for _ in range(3)])
     launched = ens.launch("--persistent", mode=mode, nodes=3, LAUNCHER_LEASE_TTL_S=20)
     await ens.reach(State.RUNNING, *done)
-    pid = int((ens.site.path / "db" / "pgdata" / "postmaster.pid").read_text().splitlines()[0])
+    pid = postmaster(ens)
     server = [pid, *proctree.list_children(pid)]
     for each in server:
         os.kill(each, signal.SIGSTOP)
