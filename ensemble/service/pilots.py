@@ -422,10 +422,13 @@ class Pilots:
         if is_final or self._is_closing:
             pilot_.launch = _GIVEN_UP
         else:
-            pilot_.restarts += 1
-            pilot_.launch = _TO_BE_STARTED
-            self._spawn(self._restart_soon())
+            self._start_again(pilot_)
         self._look_for_any()
+
+    def _start_again(self, pilot_: _Pilot) -> None:
+        pilot_.restarts += 1
+        pilot_.launch = _TO_BE_STARTED
+        self._spawn(self._restart_soon())
 
     async def _restart_soon(self) -> None:
         """Start one mpirun for all nodes that lost their pilots in this moment."""
@@ -531,9 +534,11 @@ class Pilots:
         result = await launch.process.wait()
         if not self._is_closing:
             self._log.warning("mpirun.ended", launch=launch.number, status=result.status)
-            self._miss(launch, f"{self._base.mpi.command[0]} ended with status {result.status}")
+            why = f"{self._base.mpi.command[0]} ended with status {result.status}"
+            # Where one pilot came, the others were hit on their way: by a network that reset them all, say.
+            self._miss(launch, why, may_return=any(each.joined for each in self._pilots))
 
-    def _miss(self, launch: _Launch, reason: str) -> None:
+    def _miss(self, launch: _Launch, reason: str, *, may_return: bool = False) -> None:
         """Give up waiting for the pilots of a launch that are not there."""
         missing = [
             each
@@ -543,9 +548,12 @@ class Pilots:
         if not missing:
             return
         for pilot_ in missing:
-            pilot_.launch = _GIVEN_UP
+            if may_return and pilot_.restarts < _RESTARTS:
+                self._start_again(pilot_)
+            else:
+                pilot_.launch = _GIVEN_UP
         said = output.tail(launch.log, _SHOWN_LINES)
-        if not any(each.is_up for each in self._pilots) and launch.number == 0:
+        if not any(each.joined for each in self._pilots):
             text = f"no pilot joined: {reason}"
             self._fail(f"{text}; it said:\n{said}" if said else f"{text} (log: {launch.log})")
             return
