@@ -1,7 +1,8 @@
 """MPI launchers: which one there is, its command line for a task, and how to end what it started.
 
 Everything is pure but `detect`. What is said of Open MPI 4.1.4 and 5.0.11 and of MPICH 5.0.2 was tried;
-srun was tried with Slurm 22.05; the others follow their manuals.
+srun was tried with Slurm 22.05; the others follow their manuals. What they say when they fail is in mpiwords.py,
+what they need in their environment in mpienv.py.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from ensemble.config import MpiSettings
-from ensemble.core.model import Claim, Node, Placement
-from ensemble.drivers import process
+from ensemble.core.model import Claim, Placement
+from ensemble.drivers import mpienv, process
 from ensemble.drivers.mpiline import OPTIONS, Flavor as Flavor, Launch
 from ensemble.errors import LaunchError
 
@@ -123,219 +124,6 @@ _VERSIONS = (
     (r"\bALPS\b", Flavor.APRUN),
     (r"\b(jsrun|JSM)\b", Flavor.JSRUN),
 )
-
-
-def failed_to_start(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
-    """Tell whether the launcher could not start the program, so that not one rank of it ran.
-
-    By the launchers' own words: their exit codes here (Hydra 255, Open MPI 1 and 66 to 213) may be a
-    program's as well.
-    """
-    return exit_code != 0 and _says(output_tail, *_NOT_STARTED.get(flavor, ()))
-
-
-def was_turned_away(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
-    """Tell whether Slurm would not make the step now, so that no rank ran and the same again may work.
-
-    Seen while slurmctld (22.05) is away, and for seconds after it has been started again.
-    """
-    refusals = flavor in _STARTED_BY_SRUN and re.search(_TURNED_AWAY, output_tail)
-    return exit_code != 0 and bool(refusals)
-
-
-def program_status(flavor: Flavor, exit_code: int, output_tail: str) -> int:
-    """Return the exit status of the program as a shell shows it: 128 + N after signal N.
-
-    All launchers pass that on but Hydra, which ends with N itself. It says so: of an exit with that status, also of
-    an MPI_Abort, it says nothing (MPICH 5.0.2).
-    """
-    found = _HYDRA_SIGNAL.findall(output_tail) if flavor in _HYDRA else []
-    return 128 + exit_code if str(exit_code) in found else exit_code
-
-
-def may_be_cut_off(flavor: Flavor, exit_code: int, output_tail: str | None) -> bool:
-    """Tell whether a failure may be the work of a scheduler that ends the batch job.
-
-    A launcher whose own processes on other nodes were taken away fails with a status of its own.
-
-    Args:
-        flavor: The launcher.
-        exit_code: As it is, not `program_status`.
-        output_tail: The end of the launcher's output; None where it is not kept, which leaves Hydra's small
-            statuses in doubt.
-    """
-    if output_tail is None:
-        return flavor in _HYDRA and exit_code in range(1, _MAX_SIGNAL)
-    return exit_code != 0 and _says(output_tail, *_CUT_OFF)
-
-
-def lost_a_node(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
-    """Tell whether a launcher failed because a node, or its own process there, was lost."""
-    return exit_code != 0 and _says(output_tail, *_LOST_NODE.get(flavor, ()))
-
-
-def may_have_lost_a_node(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
-    """Tell whether a launcher failed as it does when a node is lost, and also now and then without that.
-
-    Hydra (MPICH 5.0.2) says the same, at times, of two ranks that die by a signal at once.
-    """
-    return exit_code != 0 and flavor in _HYDRA and _HYDRA_CLOSED.search(output_tail) is not None
-
-
-def may_hang(flavor: Flavor) -> bool:
-    """Tell whether the launcher waits for ever when what starts its ranks on other nodes has failed.
-
-    Hydra does (MPICH 5.0.2), within Slurm, when its srun was turned away: it has no child then.
-    """
-    return flavor in _HYDRA
-
-
-def _says(output_tail: str, *patterns: str) -> bool:
-    """Tell whether one of the patterns is in a text, however its lines were broken."""
-    words = " ".join(output_tail.split())
-    return any(re.search(pattern, words) for pattern in patterns)
-
-
-_HYDRA = (Flavor.MPICH, Flavor.INTEL)
-_STARTED_BY_SRUN = (Flavor.SRUN, *_HYDRA)
-_TURNED_AWAY = r"srun: error: Unable to (create step|confirm allocation) for job"
-
-_MAX_SIGNAL = 64
-_HYDRA_SIGNAL = re.compile(r"EXIT STRING: .* \(signal ([0-9]+)\)")
-#: Recorded from Slurm 22.05 and MPICH 5.0.2.
-_CUT_OFF = (
-    r"\*\*\* (STEP|JOB) \S+ ON \S+ CANCELLED AT ",
-    r"srun: (Job step aborted|forcing job termination|Force Terminated|got SIGCONT)",
-    r"\[mpiexec@\S+\] HYD",
-)
-_SLURM_LOST = (
-    r"srun: error: Node failure on ",
-    r"CANCELLED AT \S+ DUE TO NODE FAILURE",
-    r"srun: error: Task launch for StepId=\S+ failed on node ",
-)
-_HYDRA_CLOSED = re.compile(r"\[mpiexec@\S+\] control_cb \(\S+\): assert \(!closed\) failed")
-_OPENMPI_LOST = (r"(ORTE|PRTE) has lost communication with a remote daemon",)
-#: Recorded as above and from Open MPI 4.1.4; Open MPI 5's from its users' reports. The words of the others are not
-#: known: what they lose looks like failed programs.
-_LOST_NODE: Mapping[Flavor, tuple[str, ...]] = {
-    Flavor.SRUN: _SLURM_LOST,
-    Flavor.MPICH: _SLURM_LOST,
-    Flavor.INTEL: _SLURM_LOST,
-    Flavor.OPENMPI4: _OPENMPI_LOST,
-    Flavor.OPENMPI5: _OPENMPI_LOST,
-}
-
-_HYDRA_NOT_STARTED = (
-    r"execvp error on file",
-    r"Launch proxy failed",
-    r"unable to set process topology",
-)
-_OPENMPI_NOT_STARTED = (
-    r"was unable to find the specified executable file",
-    r"could not access (or execute )?an executable",
-    r'tried to fork a new process via the "execve" system call but failed',
-    r"There are not enough slots available",
-    r"would result in binding more processes than cpus",
-    r"more processes than the ppr for this topology",
-    r"has detected an attempt to run as root",
-    r"ORTE was unable to reliably start one or more daemons",
-    r"A daemon failed to report back after being spawned",
-)
-#: Recorded from Open MPI and MPICH as above; Slurm's and Flux's from their users' reports. The words of
-#: PALS, aprun and jsrun are not known: their failed starts look like failed programs.
-_NOT_STARTED: Mapping[Flavor, tuple[str, ...]] = {
-    Flavor.OPENMPI4: _OPENMPI_NOT_STARTED,
-    Flavor.OPENMPI5: _OPENMPI_NOT_STARTED,
-    Flavor.MPICH: _HYDRA_NOT_STARTED,
-    Flavor.INTEL: _HYDRA_NOT_STARTED,
-    Flavor.SRUN: (
-        r"error: execve\(\):",
-        r"srun: error: Unable to create step for job",
-        r"srun: error: Unable to (allocate resources|confirm allocation)",
-    ),
-    Flavor.FLUX: (r"task [0-9]+( \(host \S+\))?: start failed:", r"job\.exception \S+ type=exec"),
-}
-
-
-# The environment
-
-#: What mpirun, mpiexec or srun adds for a rank. A child that finds it joins the rank's world or aborts.
-_INJECTED = re.compile(
-    r"OMPI_|PMIX_|PMI_|PRTE_|OPAL_|ORTE_|HYDRA_|HYDI_|MPIEXEC_|MPI_LOCAL|PALS_|ALPS_|PSM2_"
-    r"|MPIR_CVAR_CH3_INTERFACE_HOSTNAME$|I_MPI_PMI_LIBRARY$|I_MPI_HYDRA_|FLUX_(JOB|TASK|PMI|KVS)_"
-    r"|SLURM_(PROCID|LOCALID|NODEID|STEP(?!MGR).*|SRUN.*|TASK_PID|GTIDS|CPU_BIND.*|MPI_TYPE"
-    r"|LAUNCH_NODE_IPADDR|UMASK)$"
-)
-#: The same prefixes, but a module's or a user's settings, unless we are a rank ourselves.
-_TUNING = re.compile(
-    r"OMPI_MCA_|PMIX_MCA_|PRTE_MCA_|(OPAL|PMIX|PRTE)_PREFIX$|(OMPI|PRTE)_ALLOW_RUN_AS_ROOT"
-    r"|PMI_NO_FORK$|HYDRA_(BOOTSTRAP|IFACE|ENV|LAUNCHER|RMK|TOPOLIB)|I_MPI_HYDRA_|PSM2_"
-)
-_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE")
-#: All that a new srun needs to know; the rest of a batch job's SLURM_… are defaults for its options.
-_SRUN_KEEPS = re.compile(
-    r"SLURM_(JOB_ID|CONF|JOB_NODELIST|NODELIST|NNODES|JOB_NUM_NODES|JOB_CPUS_PER_NODE"
-    r"|TASKS_PER_NODE|CLUSTER_NAME|WORKING_CLUSTER|STEPMGR)$"
-)
-
-
-def clean_environ(environ: Mapping[str, str], flavor: Flavor | None = None) -> dict[str, str]:
-    """Return *environ* without what an outer mpirun or srun put there, fit to start a task or a launcher.
-
-    Args:
-        environ: An environment, possibly a rank's.
-        flavor: The launcher to be started; of srun's, only the names are kept that it needs.
-    """
-    is_rank = any(name in environ for name in _RANK)
-
-    def stays(name: str) -> bool:
-        if flavor is Flavor.SRUN and name.startswith(("SLURM_", "SRUN_")):
-            return _SRUN_KEEPS.match(name) is not None
-        return not _INJECTED.match(name) or (not is_rank and _TUNING.match(name) is not None)
-
-    return {name: value for name, value in environ.items() if stays(name)}
-
-
-def environ_on_node(environ: Mapping[str, str], node: Node) -> dict[str, str]:
-    """Return a Slurm job's environment as a task should see it that has a share of one node.
-
-    An mpirun within the task reads it and starts its ranks there, and not on the job's first nodes; Hydra would
-    still ask srun for any node, so it is told to fork. srun itself cannot be told: it needs `-w $SLURMD_NODENAME`.
-    It takes nothing away from other tasks' srun, nor waits for them.
-
-    Args:
-        environ: As the launcher's tasks start from it; returned as it is outside of Slurm.
-        node: A real one.
-    """
-    if "SLURM_JOB_ID" not in environ:
-        return dict(environ)
-    names = dict.fromkeys(("SLURM_JOB_NODELIST", "SLURM_NODELIST"), node.name)
-    counts = dict.fromkeys(("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), "1")
-    sizes = dict.fromkeys(("SLURM_JOB_CPUS_PER_NODE", "SLURM_TASKS_PER_NODE"), str(node.cores))
-    hydra = dict.fromkeys(("HYDRA_LAUNCHER", "I_MPI_HYDRA_BOOTSTRAP"), "fork")
-    return {**hydra, **environ, **names, **counts, **sizes, "SLURM_OVERLAP": "1"}
-
-
-def environ_for(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
-    """Return what a launcher's command needs in its environment, besides the task's."""
-    # As for srun itself: those that reach other nodes through it.
-    return {"SLURM_OVERLAP": "1"} | _own_environ(flavor, is_root=is_root)
-
-
-def _own_environ(flavor: Flavor, *, is_root: bool) -> dict[str, str]:
-    match flavor:
-        case Flavor.OPENMPI4 if is_root:
-            return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        case Flavor.OPENMPI5 if is_root:
-            return _own_environ(Flavor.OPENMPI4, is_root=True) | {
-                "PRTE_ALLOW_RUN_AS_ROOT": "1",
-                "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            }
-        case Flavor.INTEL:
-            # Otherwise a batch job's own layout wins over -ppn.
-            return {"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "off"}
-        case _:
-            return {}
 
 
 # Slurm's nodes and steps
@@ -452,8 +240,8 @@ async def _ask(command: tuple[str, ...], environ: Mapping[str, str]) -> Flavor |
     """Tell a launcher by its name, its place or its answer to --version; None when that is no help."""
     if known := _known_by_place(Path(command[0])):
         return known
-    env = clean_environ(environ) | {"LC_ALL": "C"}
-    env |= environ_for(Flavor.OPENMPI5, is_root=os.geteuid() == 0)
+    env = mpienv.clean_environ(environ) | {"LC_ALL": "C"}
+    env |= mpienv.environ_for(Flavor.OPENMPI5, is_root=os.geteuid() == 0)
     try:
         done = await process.run([*command, "--version"], env=env, timeout_s=VERSION_TIMEOUT_S)
     except LaunchError:

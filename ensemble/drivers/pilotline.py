@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.core.model import Node
-from ensemble.drivers import mpi
+from ensemble.drivers import mpienv
 from ensemble.drivers.mpi import Flavor, MpiLauncher
 from ensemble.errors import LaunchError
 
@@ -238,8 +238,8 @@ def pilot_environ(launcher: MpiLauncher, environ: Mapping[str, str]) -> dict[str
         environ: The launcher's own environment.
     """
     is_root = os.geteuid() == 0
-    found = mpi.clean_environ(environ, launcher.flavor)
-    found |= mpi.environ_for(launcher.flavor, is_root=is_root)
+    found = mpienv.clean_environ(environ, launcher.flavor)
+    found |= mpienv.environ_for(launcher.flavor, is_root=is_root)
     library = _LIBRARIES.get(launcher.flavor)
     is_told = "MPI4PY_LIBMPI" in environ or "MPI4PY_MPIABI" in environ
     if library is not None and not is_told:

@@ -21,7 +21,7 @@ from ensemble.core.dispatch import Policy
 from ensemble.core.jobs import Jobs
 from ensemble.core.model import JobMode, NewLauncher
 from ensemble.core.store import Store
-from ensemble.drivers import mpi, nodes, process, sweep
+from ensemble.drivers import mpi, mpienv, nodes, process, sweep
 from ensemble.drivers.guardlink import GuardLink
 from ensemble.drivers.nodes import Allocation
 from ensemble.errors import EnsembleError, LaunchError, StoreUnavailableError
@@ -304,7 +304,7 @@ def _introduce(
 
 def _own_environ(found: mpi.MpiLauncher | None) -> dict[str, str]:
     """Return this process's environment as tasks start from it."""
-    clean = mpi.clean_environ(os.environ, found.flavor if found else None)
+    clean = mpienv.clean_environ(os.environ, found.flavor if found else None)
     return {name: value for name, value in clean.items() if not name.startswith("ENSEMBLE_GUARD_")}
 
 

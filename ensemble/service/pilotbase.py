@@ -11,7 +11,7 @@ from typing import Any
 
 from ensemble.core.model import Node
 from ensemble.core.wire import Hello, Welcome
-from ensemble.drivers import mpi, pilot, pilotline, process, spawn
+from ensemble.drivers import mpienv, pilot, pilotline, process, spawn
 from ensemble.drivers.guardlink import guard_argv
 from ensemble.drivers.mpi import MpiLauncher
 from ensemble.errors import LaunchError
@@ -60,7 +60,7 @@ def welcome(
         gpus = _part(gpus, index, number)
         memory_mb = None if memory_mb is None else memory_mb // number
     else:
-        environ = mpi.environ_on_node(environ, node)
+        environ = mpienv.environ_on_node(environ, node)
     return Welcome(
         node=node.name,
         cores=cores,

@@ -18,7 +18,9 @@ from ensemble.core.model import Claim, Output, Placement
 from ensemble.drivers import (
     hostlist,
     mpi,
+    mpienv,
     mpiline,
+    mpiwords,
     output as outputs,
     process,
     proctree,
@@ -197,7 +199,7 @@ async def _outlast(attempt: _Attempt, output: Path | Tail | None) -> Ended:
 async def _wait(attempt: _Attempt, running: process.Process) -> process.Exit:
     """Wait for a process's end; end an MPI launcher that waits for nothing any more."""
     launcher = attempt.launcher
-    may_hang = attempt.is_in_slurm and launcher is not None and mpi.may_hang(launcher.flavor)
+    may_hang = attempt.is_in_slurm and launcher is not None and mpiwords.may_hang(launcher.flavor)
     is_childless = False
     while may_hang:
         try:
@@ -213,7 +215,7 @@ async def _wait(attempt: _Attempt, running: process.Process) -> process.Exit:
 
 def _was_turned_away(attempt: _Attempt, ended: Ended) -> bool:
     launcher = attempt.launcher
-    return launcher is not None and mpi.was_turned_away(
+    return launcher is not None and mpiwords.was_turned_away(
         launcher.flavor, ended.status, ended.error or ""
     )
 
@@ -223,18 +225,18 @@ async def _explain(attempt: _Attempt, launcher: mpi.MpiLauncher, ended: Ended) -
     flavor, status, text = launcher.flavor, ended.status, ended.error or ""
     command, program = launcher.command[0], attempt.claim.argv[0]
     start_error = lost = None
-    if mpi.was_turned_away(flavor, status, text):
+    if mpiwords.was_turned_away(flavor, status, text):
         start_error = f"Slurm would not start {program}"
-    elif mpi.failed_to_start(flavor, status, text):
+    elif mpiwords.failed_to_start(flavor, status, text):
         start_error = f"{command} could not start {program}"
-    elif mpi.lost_a_node(flavor, status, text) or (
-        mpi.may_have_lost_a_node(flavor, status, text) and not await _do_nodes_answer(attempt)
+    elif mpiwords.lost_a_node(flavor, status, text) or (
+        mpiwords.may_have_lost_a_node(flavor, status, text) and not await _do_nodes_answer(attempt)
     ):
         lost = f"{command} lost a node"
     return replace(
         ended,
-        status=mpi.program_status(flavor, status, text),
-        is_cut_off=mpi.may_be_cut_off(flavor, status, ended.error),
+        status=mpiwords.program_status(flavor, status, text),
+        is_cut_off=mpiwords.may_be_cut_off(flavor, status, ended.error),
         start_error=start_error,
         lost=lost,
     )
@@ -246,7 +248,7 @@ async def _do_nodes_answer(attempt: _Attempt) -> bool:
     if launcher is None or attempt.placement.nodes[0].is_virtual:
         return True
     probe = replace(claim, argv=("true",), ranks_per_node=1, threads_per_rank=None, gpus_per_rank=0)
-    own = mpi.environ_for(launcher.flavor, is_root=os.geteuid() == 0)
+    own = mpienv.environ_for(launcher.flavor, is_root=os.geteuid() == 0)
     ask = partial(
         process.run,
         launcher.argv(probe, attempt.placement),
@@ -415,7 +417,7 @@ async def task_environ(claim: Claim, placement: Placement, ground: Ground) -> di
     if claim.threads_per_rank is not None and "OMP_NUM_THREADS" not in claim.environ:
         env["OMP_NUM_THREADS"] = str(claim.threads_per_rank)
     if ground.mpi is not None and is_wrapped(claim, placement, ground):
-        env |= mpi.environ_for(ground.mpi.flavor, is_root=os.geteuid() == 0)
+        env |= mpienv.environ_for(ground.mpi.flavor, is_root=os.geteuid() == 0)
     return env | taskenv.identity(
         claim, site=str(ground.site), nodes=placement.names, marker_prefix=ground.marker_prefix
     )

@@ -13,7 +13,7 @@ import pytest
 
 from ensemble.config import MpiSettings
 from ensemble.core.model import Claim, Node, Placement
-from ensemble.drivers import mpi
+from ensemble.drivers import mpi, mpienv, mpiwords
 from ensemble.drivers.mpi import Flavor, MpiLauncher
 from ensemble.drivers.nodes import find_allocation
 
@@ -82,8 +82,8 @@ async def virtual(number: int) -> Placement:
 
 def environ(launcher: MpiLauncher, tmp_path: Path, extra: dict[str, str] | None) -> dict[str, str]:
     return (
-        mpi.clean_environ(os.environ, launcher.flavor)
-        | mpi.environ_for(launcher.flavor, is_root=os.geteuid() == 0)
+        mpienv.clean_environ(os.environ, launcher.flavor)
+        | mpienv.environ_for(launcher.flavor, is_root=os.geteuid() == 0)
         | {"TMPDIR": str(tmp_path)}
         | (extra or {})
     )
@@ -193,9 +193,11 @@ async def test_a_lost_host_is_recognized(launcher, tmp_path):
     task = claim("sh", "-c", body, nodes=2, ranks=1, mpi_flags=flags)
     code, output = run(launcher, launcher.argv(task, TWO_HOSTS), tmp_path)
     assert code != 0
-    tell = mpi.may_have_lost_a_node if launcher.flavor is Flavor.MPICH else mpi.lost_a_node
+    tell = (
+        mpiwords.may_have_lost_a_node if launcher.flavor is Flavor.MPICH else mpiwords.lost_a_node
+    )
     assert tell(launcher.flavor, code, output), output
-    assert not mpi.failed_to_start(launcher.flavor, code, output)
+    assert not mpiwords.failed_to_start(launcher.flavor, code, output)
 
 
 @pytest.mark.parametrize("name", ["TERM", "KILL", "SEGV"])
@@ -204,10 +206,10 @@ async def test_a_signal_is_told_from_the_exit_status_of_its_number(launcher, tmp
     for body, status in [(f"kill -{name} $$; sleep 9", 128 + number), (f"exit {number}", number)]:
         argv = launcher.argv(claim("sh", "-c", body, ranks=2), await virtual(1))
         code, output = run(launcher, argv, tmp_path)
-        if mpi.may_have_lost_a_node(launcher.flavor, code, output):
+        if mpiwords.may_have_lost_a_node(launcher.flavor, code, output):
             continue  # of two ranks that die at once, Hydra sometimes loses count
-        assert mpi.program_status(launcher.flavor, code, output) == status, output
-        assert not mpi.lost_a_node(launcher.flavor, code, output), output
+        assert mpiwords.program_status(launcher.flavor, code, output) == status, output
+        assert not mpiwords.lost_a_node(launcher.flavor, code, output), output
 
 
 async def test_stated_threads_bind_each_rank_to_its_own_core(launcher, tmp_path):
@@ -229,7 +231,7 @@ async def test_a_failing_rank_is_no_failed_start(launcher, tmp_path):
     code, output = run(launcher, argv, tmp_path)
     assert code == 3
     assert "boom" in output
-    assert not mpi.failed_to_start(launcher.flavor, code, output)
+    assert not mpiwords.failed_to_start(launcher.flavor, code, output)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ async def test_a_program_that_cannot_start_is_recognized(launcher, tmp_path, pro
         launcher, launcher.argv(claim(program, "x", ranks=2), await virtual(1)), tmp_path
     )
     assert code != 0
-    assert mpi.failed_to_start(launcher.flavor, code, output), output
+    assert mpiwords.failed_to_start(launcher.flavor, code, output), output
 
 
 async def test_term_ends_a_launch_as_its_plan_says(launcher, tmp_path):

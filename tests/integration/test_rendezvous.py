@@ -15,7 +15,7 @@ import pytest
 
 from ensemble.config import MpiSettings
 from ensemble.core.model import Node
-from ensemble.drivers import linkfile, mpi, pilotline, world
+from ensemble.drivers import linkfile, mpi, mpienv, pilotline, world
 from ensemble.drivers.guardlink import guard_argv
 from ensemble.drivers.mpi import Flavor, MpiLauncher
 from ensemble.errors import LaunchError
@@ -214,7 +214,7 @@ async def test_pilots_do_without_an_mpi_that_does_not_work(launcher, pilots, doe
 
 async def test_a_rank_without_mpi_and_without_a_launcher_says_what_to_do(tmp_path):
     linkfile.make(["127.0.0.1"], 7, 2, launcher_id=3).write(tmp_path / "link.json")
-    environ = mpi.clean_environ(os.environ)
+    environ = mpienv.clean_environ(os.environ)
     with pytest.raises(
         LaunchError, match=r"set MPI4PY_LIBMPI .*tells no rank|tells no rank.* set MPI4PY_LIBMPI"
     ):
