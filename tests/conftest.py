@@ -165,7 +165,7 @@ async def ens(site: Site, store: Store, eventually: Callable[..., Any]) -> Async
     yield made
     running = [each for each in made.launchers if each.guard.poll() is None]
     for launched in made.launchers:
-        launched.kill()
+        launched.clear()
     left = made.processes()
     for pid in left:
         with contextlib.suppress(ProcessLookupError):

@@ -34,7 +34,7 @@ def _end_all(ens: Ensemble):
     """Whatever happens: no launcher is left, and the next test's tasks wait for its own word."""
     yield
     for launched in ens.launchers:
-        launched.kill()
+        launched.clear()
     (ens.site.path / "log" / "go").unlink(missing_ok=True)
     shutil.rmtree(spool.folder(ens.site.path), ignore_errors=True)
 

@@ -114,7 +114,7 @@ async def test_a_full_disk_under_the_database_loses_nothing(
             await _fill_and_free(made, folder)
         finally:
             for launched in made.launchers:
-                launched.kill()
+                launched.clear()
             await store.close()
             await site.cluster.stop("immediate")
             shutil.rmtree(data)

@@ -57,7 +57,7 @@ async def line(ens: Ensemble, tmp_path: Path) -> AsyncIterator[Line]:
     async with proxied_store(ens.site, tmp_path) as (proxy, variables):
         yield Line(ens, proxy, variables)
         for launched in ens.launchers:
-            launched.kill()
+            launched.clear()
         (ens.site.path / "log" / "go").unlink(missing_ok=True)
         folder = spool.folder(ens.site.path)
         if folder.is_dir():
@@ -108,10 +108,10 @@ async def test_a_hole_longer_than_the_lease_ends_its_tasks_before_others_take_th
         shutil.rmtree(folder, ignore_errors=True)
         folder.touch()  # a file in its place: only silence can end the lease
     ids = await ens.store.add([witnessed(WAIT) for _ in range(2)])
-    cut_off = line.launch("--persistent", mode=mode, LAUNCHER_LEASE_TTL_S=6, **QUICK)
+    cut_off = line.launch("--persistent", mode=mode, LAUNCHER_LEASE_TTL_S=10, **QUICK)
     await ens.reach(State.RUNNING, *ids, within_s=60)
     line.swallow(what)
-    other = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=4)
+    other = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=8)
     await ens.gone()
     over = await ens.store.pool.fetchval(
         "SELECT expires_at < clock_timestamp() FROM lease WHERE id = 1"

@@ -28,7 +28,8 @@ BOTH_MODES = pytest.mark.parametrize("mode", ["mpi", "serial"])
 WAIT = 'test $ENSEMBLE_ATTEMPT != 1 || until [ -e "$ENSEMBLE_SITE/log/go" ]; do sleep 0.02; done'
 #: A batch job whose nodes are virtual: in batch jobs, schedulers signal behind the launcher's back.
 JOB = {"ENSEMBLE_LOCAL_JOB_ID": "7", "ENSEMBLE_LOCAL_JOB_NODES": "2"}
-SHORT = {"LAUNCHER_LEASE_TTL_S": 2, "LAUNCHER_HEARTBEAT_S": 0.3, "LAUNCHER_PILOT_PATIENCE_S": 2}
+#: Longer than a busy machine keeps a process from running.
+SHORT = {"LAUNCHER_LEASE_TTL_S": 5, "LAUNCHER_HEARTBEAT_S": 0.5, "LAUNCHER_PILOT_PATIENCE_S": 5}
 
 
 @pytest.fixture(autouse=True)

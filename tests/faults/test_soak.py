@@ -17,7 +17,7 @@ from tests.faults.witness import witnessed
 from tests.integration.launching import WHEEL, Ensemble, Launched
 
 SEED = 20
-QUICK: dict[str, Any] = {"LAUNCHER_LEASE_TTL_S": "2", "LAUNCHER_HEARTBEAT_S": "0.3"}
+QUICK: dict[str, Any] = {"LAUNCHER_LEASE_TTL_S": "4", "LAUNCHER_HEARTBEAT_S": "0.5"}
 #: The first attempt does not end by itself.
 ONCE = '[ "$ENSEMBLE_ATTEMPT" -gt 1 ] || sleep 600'
 

@@ -173,6 +173,17 @@ class Launched:
             self.guard.kill()
             self.guard.wait()
 
+    def clear(self) -> None:
+        """End it where a test left it running, and wait until it is gone: the next test has the same store."""
+        below = proctree.list_children(self.guard.pid) if self.guard.poll() is None else []
+        self.kill()
+        deadline = time.monotonic() + 20
+        for pid in below:
+            while (stat := proctree.read_stat(pid)) is not None and not stat.is_zombie:
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.02)
+
 
 class Ensemble:
     """A site with an empty store, and everything that is run in it."""

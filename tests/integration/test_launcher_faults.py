@@ -155,7 +155,7 @@ async def test_a_launcher_stopped_past_its_deadline_has_no_running_task(ens: Ens
     detaching, _ = await ens.store.add(
         [python(DETACHING), sh("test $ENSEMBLE_ATTEMPT = 2 || sleep 600")]
     )
-    launched = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=2)
+    launched = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=4)
     await ens.reach(State.RUNNING)
     daemon, pid = await daemon_of(ens, detaching), launched.pid
     os.kill(pid, signal.SIGSTOP)

@@ -332,7 +332,7 @@ async def test_what_a_lost_pilot_ran_runs_again_and_the_others_go_on(
 async def test_a_pilot_that_stands_still_is_ended_before_its_tasks_run_elsewhere(
     ens: Ensemble,
 ) -> None:
-    launched = ens.launch("--persistent", nodes=3, mode="serial", LAUNCHER_PILOT_PATIENCE_S=2)
+    launched = ens.launch("--persistent", nodes=3, mode="serial", LAUNCHER_PILOT_PATIENCE_S=5)
     ids = await ens.store.add([sh(ALONE) for _ in range(3)])
     await running(ens, *ids)
     pilots = await ens.joined(launched, 3)
@@ -368,7 +368,7 @@ async def test_a_pilot_that_comes_too_late_starts_nothing_of_what_waited_there(
 ) -> None:
     script = 'echo "$ENSEMBLE_ATTEMPT $EPOCHREALTIME" >> runs; exec sleep 0.05'
     ids = await ens.store.add([NewTask(command=["bash", "-c", script]) for _ in range(30)])
-    launched = ens.launch("--idle-timeout=0", nodes=1, mode="serial", LAUNCHER_PILOT_PATIENCE_S=2)
+    launched = ens.launch("--idle-timeout=0", nodes=1, mode="serial", LAUNCHER_PILOT_PATIENCE_S=5)
 
     async def some_wait() -> bool:
         assert launched.guard.poll() is None, launched.log
@@ -405,7 +405,7 @@ async def test_nothing_survives_a_launcher_that_is_killed_or_stands_still(ens: E
     await all_run(ens)
 
     ids = await ens.store.add([sh(ALONE), sh(ALONE)])
-    launched = ens.launch("--idle-timeout=0", mode="serial", LAUNCHER_PILOT_PATIENCE_S=2)
+    launched = ens.launch("--idle-timeout=0", mode="serial", LAUNCHER_PILOT_PATIENCE_S=5)
     await running(ens, *ids)
     pid = launched.pid
     os.kill(pid, signal.SIGSTOP)

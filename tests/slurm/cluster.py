@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,9 +101,10 @@ class Slurm:
         found |= {parent for pid in found if is_step_daemon(parent := parent_of(pid))}
         self.daemons[name].kill()
         self.daemons.pop(name).wait()
-        # All at once: who is killed first must not be missed by who is killed last.
+        # All at once: who is killed first must not be missed by who is killed last. Children first: the kernel
+        # wakes what is stopped where nobody is left above it (setpgid(2), orphaned process groups).
         kill(found, signal.SIGSTOP)
-        kill(found)
+        kill(sorted(found, key=lambda pid: depth(pid, found), reverse=True))
 
     @contextlib.contextmanager
     def without(self, name: str) -> Iterator[None]:
@@ -252,7 +253,15 @@ def wait_for(condition: Callable[[], object], *, within_s: float) -> None:
         time.sleep(0.05)
 
 
-def kill(pids: set[int], number: int = signal.SIGKILL) -> bool:
+def depth(pid: int, among: set[int]) -> int:
+    """Return how many of these are above a process."""
+    count = 0
+    while (pid := parent_of(pid)) in among:
+        count += 1
+    return count
+
+
+def kill(pids: Collection[int], number: int = signal.SIGKILL) -> bool:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

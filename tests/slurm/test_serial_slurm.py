@@ -22,7 +22,7 @@ from tests.slurm.cluster import NODES, parent_of
 pytestmark = WHEEL
 
 #: Losses are noticed soon.
-HASTY = {"LAUNCHER_PILOT_PATIENCE_S": 4, "LAUNCHER_PILOT_JOIN_S": 10}
+HASTY = {"LAUNCHER_PILOT_PATIENCE_S": 8, "LAUNCHER_PILOT_JOIN_S": 10}
 #: Otherwise Slurm ends a whole job with its first lost node.
 NO_KILL = (*FOUR_NODES, "--no-kill")
 #: Runs until `let_go`.
