@@ -22,6 +22,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ensemble.core.model import LauncherIdentity
 from ensemble.drivers import proctree, tasktree
@@ -64,22 +65,21 @@ async def run(  # noqa: PLR0913
     Raises:
         LaunchError: It could not be started, did not end in time or printed too much (it is dead by then).
     """
-    input_fd = _file_of(stdin)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            env=env,
-            cwd=cwd,
-            stdin=input_fd,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            pass_fds=tuple(pass_fds),
-            start_new_session=own_session,
-        )
+        with tasktree.start(), _file_of(stdin) as input_file:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                env=env,
+                cwd=cwd,
+                stdin=input_file,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=tuple(pass_fds),
+                start_new_session=own_session,
+            )
+            tasktree.roots.add(process.pid)
     except OSError as error:
         raise LaunchError(f"cannot run {argv[0]}: {error.strerror or error}") from error
-    finally:
-        os.close(input_fd)
     kill = functools.partial(_kill, process, is_leader=own_session)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -96,6 +96,8 @@ async def run(  # noqa: PLR0913
                 f"{argv[0]} did not end and close its output within {timeout_s:g} s"
             ) from error
         raise
+    finally:
+        tasktree.roots.discard(process.pid)
     if out.result() is None or err.result() is None:
         raise LaunchError(f"{argv[0]} printed more than {max_bytes} bytes, and was killed")
     return Completed(
@@ -105,14 +107,13 @@ async def run(  # noqa: PLR0913
     )
 
 
-def _file_of(data: bytes | None) -> int:
-    """Return a descriptor to read from: no pipe, as who does not read one is no error of ours."""
+def _file_of(data: bytes | None) -> BinaryIO:
+    """Return a file to read from: no pipe, as who does not read one is no error of ours."""
     if data is None:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    found = os.memfd_create("stdin")
-    with open(found, "wb", closefd=False) as file:
-        file.write(data)
-    os.lseek(found, 0, os.SEEK_SET)
+        return open(os.devnull, "rb")
+    found = open(os.memfd_create("stdin"), "w+b")  # noqa: SIM115 - the caller closes it
+    found.write(data)
+    found.seek(0)
     return found
 
 

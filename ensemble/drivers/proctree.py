@@ -135,9 +135,9 @@ def list_adopted() -> list[int]:
     me = os.getpid()
     if not _has_children_files():
         return children_reader()(me)
-    data = chunk = os.pread(_own_children(me), _PAGE, 0)
-    while len(chunk) == _PAGE:
-        chunk = os.pread(_own_children(me), _PAGE, len(data))
+    data = b""
+    # To the end: what is read at once stops short of a page, as no number is cut in two.
+    while chunk := os.pread(_own_children(me), _PAGE, len(data)):
         data += chunk
     return [int(word) for word in data.split()]
 

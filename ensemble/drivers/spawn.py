@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -101,14 +100,11 @@ def keep_descriptors() -> None:
 
 @contextlib.contextmanager
 def _starting(argv: Sequence[str]) -> Iterator[None]:
-    thread = threading.get_ident()
-    tasktree.starting[thread] = tasktree.now_ticks()
     try:
-        yield
+        with tasktree.start():
+            yield
     except (OSError, ValueError) as error:
         raise LaunchError(_explain(error, argv)) from error
-    finally:
-        del tasktree.starting[thread]
 
 
 def _refuse_without(site: str | None) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -26,10 +26,10 @@ _EXEC_S = 0.005
 _CHASE_S = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
-#: Children that were started as the roots of tasks and are not reaped yet.
+#: Children in sessions of their own that somebody waits for, as the roots of tasks, and that are not reaped yet.
 roots: set[int] = set()
-#: When each start under way began, in ticks, by thread: its child may not be in `roots` yet.
-starting: dict[int, int] = {}
+#: When each start under way began, in ticks: its child may not be in `roots` yet.
+starting: dict[object, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,17 @@ class Tree:
             self._process.collect()
         elif stat.ppid == os.getpid():
             reap_adopted(stat.pid)
+
+
+@contextlib.contextmanager
+def start() -> Iterator[None]:
+    """Begin a start: what is a child of ours since then is nobody's stray, even if it ends before it is in `roots`."""
+    this = object()
+    starting[this] = now_ticks()
+    try:
+        yield
+    finally:
+        del starting[this]
 
 
 def list_strays() -> list[Stat]:

@@ -374,6 +374,37 @@ async def test_adopted_zombies_are_reaped_and_nothing_else(tmp_path: Path) -> No
     assert (await waiting.wait()).code == 0
 
 
+async def test_a_command_in_a_session_of_its_own_is_nobody_s_stray() -> None:
+    """What looks for strays reaps them: whoever waited for one of those would wait for ever."""
+
+    async def look() -> None:
+        while True:
+            time.sleep(0.05)
+            tasktree.list_strays()
+            await asyncio.sleep(0.01)
+
+    looking = asyncio.create_task(look())
+    for _ in range(10):
+        done = await process.run(["sleep", "0.02"], timeout_s=20, own_session=True)
+        assert done.code == 0
+    looking.cancel()
+
+
+async def test_a_stray_is_found_among_more_children_than_the_kernel_tells_at_once(
+    tmp_path: Path,
+) -> None:
+    many = [start(tmp_path, "sleep", "100") for _ in range(850)]
+    task = shell(tmp_path, "setsid sleep 100 & echo $! > pid")
+    await task.wait()
+    stray = read_pid(tmp_path / "pid")
+    assert stray in proctree.list_adopted()
+    assert await process.sweep(task, grace_s=5) == 1
+    assert is_gone(stray)
+    for each in many:
+        each.signal(signal.SIGKILL)
+        await each.wait()
+
+
 async def test_a_kill_that_is_cancelled_can_be_repeated(tmp_path: Path) -> None:
     fds = len(os.listdir("/proc/self/fd"))
     task = shell(tmp_path, "trap '' TERM; echo > ready; sleep 100; sleep 100")
