@@ -206,7 +206,7 @@ async def _wait(attempt: _Attempt, running: process.Process) -> process.Exit:
             async with asyncio.timeout(_LOOK_S):
                 return await running.wait()
         except TimeoutError:
-            was_childless, is_childless = is_childless, not proctree.list_children(running.pid)
+            was_childless, is_childless = is_childless, not proctree.children_reader()(running.pid)
             if was_childless and is_childless:
                 await process.end_tree(running, grace_s=0)
                 break
@@ -318,15 +318,22 @@ async def terminate(claim: Claim, handle: Handle, ground: Ground, *, is_forced: 
     running = handle.process
     if running is None:
         return  # run_task sees the doom, or `terminate` is called again when it has started
-    running.collect()  # it may have ended just now
-    handle.was_signalled = handle.was_signalled or running.exit is None
     grace_s = 0.0 if handle.is_forced else ground.grace_s
     if grace_s and ground.mpi is not None and ground.mpi.end_plan.term == "step":
-        await _signal_step(claim, ground)
+        await _signal_step(claim, handle, running, ground)
+    _note_signal(handle, running)
     await process.end_tree(running, grace_s=grace_s)
 
 
-async def _signal_step(claim: Claim, ground: Ground) -> None:
+def _note_signal(handle: Handle, running: process.Process) -> None:
+    """Note that a signal is about to be sent: how a task ended before that is its own doing."""
+    running.collect()  # it may have ended just now
+    handle.was_signalled = handle.was_signalled or running.exit is None
+
+
+async def _signal_step(
+    claim: Claim, handle: Handle, running: process.Process, ground: Ground
+) -> None:
     """Send TERM to the ranks through the scheduler, as TERM to srun would kill them at once.
 
     Runs on real Slurm only; where it fails, ending the tree follows all the same.
@@ -338,6 +345,7 @@ async def _signal_step(claim: Claim, ground: Ground) -> None:
         found = await process.run(mpi.step_lookup_argv(job_id), timeout_s=10)
         step = mpi.parse_step(found.stdout, mpiline.step_name(claim.id))
         if step is not None:
+            _note_signal(handle, running)
             await process.run(mpi.scancel_argv(job_id, step), timeout_s=10)
             await asyncio.sleep(ground.grace_s)
     except LaunchError:

@@ -73,6 +73,12 @@ class Batch:
         """Return whatever of the job or of a task is still there."""
         return self.processes() | {pid: command_line(pid) for pid in self.ens.processes()}
 
+    def launcher(self) -> int:
+        """Return the launcher itself, without its guard."""
+        found = self.processes(" launch --job-mode ")
+        (pid,) = [pid for pid, line in found.items() if "guard.py" not in line]
+        return pid
+
     def pilots(self, node: str) -> list[int]:
         """Return the pilot on a node, without its guard."""
         return [

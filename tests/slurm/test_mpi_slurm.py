@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -171,6 +173,27 @@ async def test_tasks_start_once_the_controller_is_back(
     for task in await ens.tasks():
         assert await ens.outcomes(task.id) == [Outcome.DONE]
         assert "ran" in lines(ens.output(task))
+
+
+async def test_what_ends_well_before_a_drain_can_signal_it_is_done(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    if "MPI_LAUNCHER" not in settings:
+        pytest.skip("nobody needs to be asked where mpiexec itself takes the TERM")
+    await ens.store.add([told("until test -e ../go; do sleep 0.1; done") for _ in range(2)])
+    job = ens.batch("--persistent", job_mode="mpi", settings=settings)
+    await ens.settle(job, State.RUNNING)
+    slurmctld = ens.slurm.daemons["slurmctld"]
+    slurmctld.send_signal(signal.SIGSTOP)  # it takes its time to tell the step of each task
+    try:
+        os.kill(job.launcher(), signal.SIGTERM)
+        await job.until("launcher.draining")
+        (ens.workdir(await ens.task(1)).parent / "go").touch()
+        await ens.reach(State.JOB_FINISHED)
+    finally:
+        slurmctld.send_signal(signal.SIGCONT)
+    await job.end()
+    assert [await ens.outcomes(task_id) for task_id in (1, 2)] == [[Outcome.DONE]] * 2
 
 
 def everything(ens: SlurmEnsemble) -> str:

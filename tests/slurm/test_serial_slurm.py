@@ -179,13 +179,6 @@ async def test_a_killed_pilot_loses_its_own_tasks_only(ens: SlurmEnsemble, victi
 # job on all four idle nodes any more (Reason=Resources).
 
 
-def launcher_of(job: Batch) -> int:
-    """Return the launcher itself, without its guard."""
-    found = job.processes(" launch --job-mode ")
-    (pid,) = [pid for pid, line in found.items() if "guard.py" not in line]
-    return pid
-
-
 def papers(ens: SlurmEnsemble) -> list[str]:
     """Return what launchers keep for and about their pilots."""
     found = [path.name for path in ens.site.path.glob("log/launcher-*/*")]
@@ -223,7 +216,7 @@ async def test_a_killed_launcher_s_tasks_are_claimed_by_another_without_lingerin
     await ens.settle(job, State.RUNNING)
     assert sorted(papers(ens)) == ["link.json", "roll"]
     killed = time.monotonic()
-    os.kill(launcher_of(job), signal.SIGKILL)
+    os.kill(job.launcher(), signal.SIGKILL)
     _, last = await take_all(ens, tasks, within_s=30)
     # Within two seconds where the machine has nothing else to do; a lease that lingers takes more than a minute.
     assert last - killed < 30, job.log
@@ -238,7 +231,7 @@ async def test_a_killed_launcher_s_lease_lingers_where_a_pilot_s_guard_was_kille
     tasks = await ens.store.add([share(STUBBORN, 2) for _ in range(8)])
     job = ens.batch("--persistent", settings=HASTY)
     await ens.settle(job, State.RUNNING)
-    launcher = launcher_of(job)
+    launcher = job.launcher()
     os.kill(launcher, signal.SIGSTOP)  # nobody is to hear what the pilot says without its guard
     (guard,) = job.guards("n2")
     os.kill(guard, signal.SIGKILL)
