@@ -187,9 +187,7 @@ class Dispatcher:
             case PilotJoined() | PilotSilent() | PilotLost():
                 effects = self._pilot(event)
             case NodesGone(names=names, reason=reason):
-                for name in names:
-                    self._health.give_up(name, reason)
-                effects = self._set_aside()
+                effects = self._give_up(reason, *names)
             case KillAsked():
                 effects = self._kill(event.pairs)
             case Ticked():
@@ -305,17 +303,28 @@ class Dispatcher:
             case PilotLost():
                 effects = self._lose_tasks(self._plan.remove(event.node), event)
                 if event.is_final:
-                    self._health.give_up(event.node, event.reason)
-                    effects += self._set_aside()
+                    effects += self._give_up(event.reason, event.node)
                 return effects
             case PilotJoined():
-                self._health.trust(event.node.name)
-                self._aside -= {event.node.name}
+                effects = self._trust(event.node.name)
                 self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
         if self._idle_since is not None:
             self._idle_since = self._now
         self._ask_again = self._is_claiming
-        return self._refill()
+        return [*effects, *self._refill()]
+
+    def _trust(self, name: str) -> list[Effect]:
+        """Begin anew with a node, whatever it did before."""
+        self._health.trust(name)
+        if name not in self._aside:
+            return []
+        self._aside -= {name}
+        return [SetAside(dict(self._health.aside))]
+
+    def _give_up(self, reason: str, *names: str) -> list[Effect]:
+        """Give nodes that are gone for good no more tasks."""
+        ends = [end for name in names for end in self._health.give_up(name, reason)]
+        return [*map(RecordEnd, ends), *self._set_aside()]
 
     def _lose_tasks(self, had_place: Mapping[int, bool], event: PilotLost) -> list[Effect]:
         """Report what was on a lost node; in a batch job that ends, pilots are lost before we hear of it."""
@@ -327,6 +336,9 @@ class Dispatcher:
                 continue
             if run.started_at is None and had_place[task_id]:
                 run.started_at = event.at  # it may have killed its pilot before that could tell
+            if run.started_at is None and run.ending is Ending.DRAINED:
+                effects += self._give_back(run)
+                continue
             end = lost_with_node(run, event.at, event.reason)
             if run.ending is Ending.LOST:
                 continue
@@ -456,6 +468,8 @@ class Dispatcher:
         self._take_out(run.id, run.attempt)
         if ending is Ending.LOST:
             return []
+        if ending is Ending.DRAINED:
+            return self._give_back(run)
         return [RecordEnd(lost_with_node(run, None, "it was not started"))]
 
     def _time_out(self) -> list[Effect]:
@@ -542,6 +556,9 @@ class Dispatcher:
         if not self._has_time():
             self._leaving = "no time is left to start anything"
             return []
+        if not self._health.is_any:
+            self._leaving = "no node is left"
+            return self._give_back(*self._plan.clear())
         if self._policy.is_persistent or self._is_asking_prospect or not self._is_long_idle():
             return []
         self._is_asking_prospect = True

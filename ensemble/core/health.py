@@ -51,8 +51,6 @@ class Health:
             nodes: How many there are, or will be.
         """
         self._nodes = nodes
-        #: How many may be set aside.
-        self._most = min(max(nodes // _PART, 1), nodes - 1)
         #: Up to two nodes on which each program has run; and, of those that ran nowhere, has failed.
         self._ran_on: dict[str, tuple[str, ...]] = {}
         self._failed_on: dict[str, tuple[str, ...]] = {}
@@ -101,7 +99,7 @@ class Health:
         nodes = set(end.nodes)
         if not nodes.isdisjoint(self.aside):
             return [self._as_lost(end)]
-        if self._nodes <= len(nodes) or self._is_its_own(program, nodes):
+        if self._there <= len(nodes) or self._is_its_own(program, nodes):
             return [end]
         self._doubts.append(_Doubt(end=end, nodes=nodes))
         for node in end.nodes:
@@ -130,6 +128,21 @@ class Health:
                 )
 
     @property
+    def is_any(self) -> bool:
+        """Whether a node is there, or may come yet."""
+        return self._there > 0
+
+    @property
+    def _there(self) -> int:
+        """How many nodes there are that are not gone for good."""
+        return self._nodes - len(self._gone)
+
+    @property
+    def _most(self) -> int:
+        """How many of them may be set aside: never the last."""
+        return min(max(self._there // _PART, 1), self._there - 1)
+
+    @property
     def _on_trial(self) -> int:
         """How many nodes are set aside by what we saw, which may be wrong."""
         return len(self.aside) - len(self._gone)
@@ -150,11 +163,24 @@ class Health:
             del self.aside[node]
         return self.clear()
 
-    def give_up(self, node: str, reason: str) -> None:
-        """Set a node aside that is not there any more, or is lost again and again, however many there are."""
+    def give_up(self, node: str, reason: str) -> list[End]:
+        """Set a node aside that is not there any more, or is lost again and again, however many there are.
+
+        What ran there only, is as if it had run nowhere. Where too few nodes are left beside those on trial, all of
+        these are trusted again.
+
+        Returns:
+            The failures to report then.
+        """
         self.trust(node)
         self._gone.add(node)
         self.aside[node] = f"{node} was set aside: {reason}"
+        for known in (self._ran_on, self._failed_on):
+            for program in [program for program, nodes in known.items() if node in nodes]:
+                known[program] = tuple(each for each in known[program] if each != node)
+                if not known[program]:
+                    del known[program]
+        return self._forgive() if self._on_trial > max(self._most, 0) else []
 
     def trust(self, node: str) -> None:
         """Let a node begin anew."""

@@ -172,7 +172,9 @@ def _failure(status: int) -> tuple[Outcome, Cause, str]:
 
 
 def explained(end: End, reason: str) -> End:
-    """Return *end*, a failure or a loss, as the cut-off by the allocation's end that it was."""
+    """Return *end*, a failure or a loss, as the cut-off by the allocation's end that it was; what never ran, as it is."""
+    if end.started_at is None:
+        return end
     return msgspec.structs.replace(
         end, outcome=Outcome.TIMEOUT, cause=Cause.ALLOCATION_ENDED, reason=reason
     )

@@ -205,6 +205,7 @@ class Pilot(asyncio.Protocol):
         if now - self._last_pulse >= min(_PULSE_S, beat.lives_s / 4):
             self._last_pulse = now
             self._send(Pulse(now))
+        self._fill()  # what came after the last deadline and before this one
 
     # ------------------------------------------------------------------ starting
 

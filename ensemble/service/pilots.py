@@ -18,6 +18,7 @@ from ensemble.core.events import (
     CouldNotStart,
     Event,
     Launch,
+    NodesGone,
     Pair,
     PilotJoined,
     PilotLost,
@@ -384,11 +385,15 @@ class Pilots:
     async def _sweep(self, pilot_: _Pilot) -> None:
         """End what a pilot on this host left, if its guard was killed, too: here one can look."""
         launch, rank = pilot_.launch, pilot_.rank
+
+        def is_settled() -> bool:
+            return pilot_.silent_until is None or (pilot_.launch, pilot_.rank) != (launch, rank)
+
         await asyncio.sleep(KILL_S / 2)
-        if pilot_.silent_until is None or (pilot_.launch, pilot_.rank) != (launch, rank):
+        if is_settled():
             return
         swept = await asyncio.to_thread(sweep.sweep_token, pilot_.marker_prefix)
-        if not swept.left:
+        if not swept.left and not is_settled():
             self._lost(pilot_, "its pilot is not heard of any more, and nothing of it is left")
 
     def _gone(self, gone: Gone) -> None:
@@ -547,11 +552,13 @@ class Pilots:
         ]
         if not missing:
             return
+        given_up = []
         for pilot_ in missing:
             if may_return and pilot_.restarts < _RESTARTS:
                 self._start_again(pilot_)
             else:
                 pilot_.launch = _GIVEN_UP
+                given_up.append(pilot_.node.name)
         said = output.tail(launch.log, _SHOWN_LINES)
         if not any(each.joined for each in self._pilots):
             text = f"no pilot joined: {reason}"
@@ -559,6 +566,8 @@ class Pilots:
             return
         names = [each.node.name for each in missing]
         self._log.error("pilots.missing", nodes=names, reason=reason, said=said[-500:])
+        if given_up:
+            self._post(NodesGone(names=tuple(given_up), reason=f"no pilot joined: {reason}"))
         self._look_for_any()
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 
 from ensemble.core.dispatch import Dispatcher, Policy
@@ -572,6 +573,14 @@ def test_nodes_that_the_scheduler_took_away_are_used_no_more_however_many_they_a
     assert brain(NodesGone(names=("n0",), reason="again")) == []
 
 
+def test_a_suspect_whose_start_is_not_on_record_yet_is_given_back_by_a_drain():
+    brain = Brain()
+    brain(WorkRang())
+    brain(Claimed(claims=(msgspec.structs.replace(task(), is_suspect=True),)))
+    end = end_in(brain(DrainAsked(reason="TERM")))
+    assert (end.outcome, end.started_at) == (Outcome.GIVEN_BACK, None)
+
+
 # ------------------------------------------------------------------ leaving
 
 
@@ -589,6 +598,32 @@ def leaves(brain, now):
         else:
             return None
     raise AssertionError("it asks for ever")
+
+
+def test_it_leaves_when_all_its_nodes_are_gone_however_long_it_is_to_stay():
+    brain = Brain(is_persistent=True)
+    brain.run(task(1))
+    brain(NodesGone(names=("n0", "n1"), reason="Slurm took it out of the job"))
+    assert leaves(brain, 1.0) is None
+    brain(ended(task(1), 255, lost="a node"))
+    assert leaves(brain, 2.0) == "no node is left"
+
+
+def test_of_those_that_are_left_when_others_are_gone_one_is_always_used():
+    brain = Brain(8, idle_timeout_s=1.0)
+    brain.run(task(1, nodes=8))
+    brain(ended(task(1, nodes=8)))
+    brain(Claimed(claims=()))
+    brain(NodesGone(names=tuple(f"n{i}" for i in range(6)), reason="Slurm took it out of the job"))
+    effects = []
+    for number in range(10, 60):
+        brain(WorkRang())
+        assert Launch in kinds(brain(Claimed(claims=(task(number),))))
+        effects += brain(CouldNotStart(id=number, attempt=1, at=AT, reason="no such file"))
+        brain(Claimed(claims=()))
+    effects += brain(Ticked(now=1.0)) + brain(Ticked(now=10.0))
+    causes = [effect.end.cause for effect in effects if isinstance(effect, RecordEnd)]
+    assert causes == [Cause.COULD_NOT_START] * 50, "what fails everywhere is no node's fault"
 
 
 def test_it_leaves_when_idle_for_long_without_prospects():

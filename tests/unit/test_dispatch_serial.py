@@ -19,6 +19,7 @@ from ensemble.core.events import (
     Leave,
     MarkDrained,
     MarkTimedOut,
+    NodesGone,
     PilotJoined,
     PilotLost,
     PilotSilent,
@@ -27,6 +28,7 @@ from ensemble.core.events import (
     Reconciled,
     RecordEnd,
     RecordStart,
+    SetAside,
     Skipped,
     Started,
     Terminate,
@@ -381,6 +383,32 @@ def test_a_pilot_lost_while_draining_lets_it_leave():
     brain.run(task())
     brain(DrainAsked(reason="TERM"))
     assert kinds(brain(lost())) == [RecordEnd, Leave]
+
+
+@pytest.mark.parametrize("hold_s", [0.0, 2.0])
+def test_what_waited_at_a_pilot_that_was_lost_as_the_job_ended_never_ran(hold_s):
+    brain = Brain(signal_hold_s=hold_s)
+    brain.run_short()
+    brain.claim(task(1, 1), task(2, 1))
+    brain(started(task(1, 1)))
+    effects = brain(PilotSilent(node="n0"))
+    if hold_s:
+        effects += brain(lost())
+        effects += brain(DrainAsked(reason="TERM"))
+    else:
+        effects += brain(DrainAsked(reason="TERM"))
+        effects += brain(lost())
+    ends = {end.id: end.outcome for end in ends_in(effects)}
+    assert ends == {1: Outcome.TIMEOUT, 2: Outcome.LOST if hold_s else Outcome.GIVEN_BACK}
+
+
+def test_a_node_that_was_given_up_and_joins_late_is_said_to_be_used_again():
+    brain = Brain(nodes=0)
+    (aside,) = brain(NodesGone(names=("n0",), reason="no pilot joined"))
+    assert isinstance(aside, SetAside)
+    effects = brain(joined())
+    assert SetAside({}) in effects
+    assert Ask in kinds(effects)
 
 
 def test_a_last_look_that_nobody_can_answer_is_none():
