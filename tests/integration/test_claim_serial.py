@@ -278,6 +278,53 @@ async def test_what_somebody_has_locked_is_skipped(desk, psql):
     assert await take(lease, vacancy()) == [first]
 
 
+@pytest.mark.parametrize("priority", [0, 1])
+@pytest.mark.parametrize("workflows", [None, ["x1", "x2"]])
+@pytest.mark.parametrize("ahead", [0, 2])
+async def test_what_somebody_has_locked_keeps_no_place_from_other_kinds(
+    desk, psql, priority, workflows, ahead
+):
+    packing = 3 if workflows else 2  # one shape in two workflows is two kinds, too
+    locked = await put(desk, 2, workflow="x1", node_packing_count=packing, priority=priority)
+    others = await put(desk, 30, workflow="x2", node_packing_count=3)
+    lease = await desk.register()
+    chosen = workflows and await desk.store.workflow_ids("x")
+    more = {"workflows": chosen, "ahead": ahead}
+    async with psql.transaction():
+        await psql.execute("SELECT FROM task WHERE id = ANY ($1) FOR SHARE", locked)
+        assert await take(lease, vacancy(), **more) == others[: 3 + ahead]
+    assert await take(lease, vacancy(), max_tasks=2, **more) == locked
+
+
+@pytest.mark.parametrize(
+    "needs", [{"gpus_per_rank": 1}, {"memory_mb": 60}, {"threads_per_rank": 5}]
+)
+async def test_what_is_locked_of_many_kinds_keeps_nothing_from_the_rest(desk, psql, needs):
+    locked = []
+    for packing in range(10, 30):
+        first, _ = await put(desk, 2, node_packing_count=packing, priority=packing % 3, **needs)
+        locked.append(first)
+    [last] = await put(desk, node_packing_count=30, priority=-1, **needs)
+    lease = await desk.register()
+    free = vacancy(nodes=22, gpus=1, memory_mb=100)
+    async with psql.transaction():
+        await psql.execute("SELECT FROM task WHERE id = ANY ($1) FOR SHARE", locked)
+        taken = await take(lease, free)
+    assert len(taken) == 21
+    assert last in taken
+    assert not set(taken) & set(locked)
+    assert sorted(await take(lease, free)) == locked
+
+
+async def test_of_a_kind_that_is_locked_in_part_the_rest_is_taken_in_its_place(desk, psql):
+    locked, large = await put(desk, 2, node_packing_count=2)
+    small = await put(desk, 30, node_packing_count=8)
+    lease = await desk.register()
+    async with psql.transaction():
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR SHARE", locked)
+        assert await take(lease, vacancy()) == [large, *small[:4]]
+
+
 @pytest.mark.parametrize("shapes", [1, 3])
 async def test_several_claimers_share_no_task_and_leave_none(desk, shapes):
     ids = []

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import pytest
 
 from ensemble.core.model import Cause, NewApp, NewTask, Outcome, Output, Selector, TaskDetail
@@ -140,6 +142,20 @@ async def test_hundreds_of_mixed_tasks_run_once_each_and_never_more_than_fit(
         assert sum(stay.share for stay in company) <= 1, company
     assert "done=180" in launched.summary
     assert "error=20" in launched.summary
+
+
+async def test_what_an_open_transaction_has_locked_stalls_no_task_of_another_shape(
+    ens: Ensemble, psql: asyncpg.Connection[Any]
+) -> None:
+    locked = await ens.store.add([sh("true", node_packing_count=2, priority=1)] * 2)
+    await ens.store.add([sh("true", node_packing_count=3)] * 6)
+    await psql.execute("SET idle_in_transaction_session_timeout = 0")
+    transaction = psql.transaction()
+    await transaction.start()
+    await psql.execute("SELECT FROM task WHERE id = ANY ($1) FOR SHARE", locked)
+    await left(ens, ens.launch("--idle-timeout=0", nodes=1, mode="serial"))
+    assert await ens.states() == [State.PREPROCESSED] * 2 + [State.JOB_FINISHED] * 6
+    await transaction.rollback()
 
 
 @pytest.mark.parametrize("is_pinned", [True, False])

@@ -485,7 +485,7 @@ class StoreMachine(RuleBasedStateMachine):
             alike = [o for o in can if o.node_packing_count == job.node_packing_count]
             assert all(o in taken for o in alike[: alike.index(job)] if o.workflow == job.workflow)
         first_fits = any(2 // job.node_packing_count <= max(halves) for job in can)
-        if (first_fits or (can and ahead)) and not self.model.locked:
+        if first_fits or (can and ahead):
             assert taken, "there is a place, and nothing was taken"
         self.take(lease, found)
 

@@ -846,6 +846,9 @@ DECLARE
   v_gpus bigint;
   v_mb bigint;
   v_quota int[];
+  -- Of one priority: no more of a kind than this, and what was free before it.
+  v_most int[];
+  v_before record;
   v_priority int := 2147483647;
   v_probes int := 0;
   v record;
@@ -905,38 +908,65 @@ BEGIN
       SELECT n.priority INTO v_priority FROM next_priority(v_workflows, v_shapes, v_priority) n;
     END IF;
     EXIT WHEN v_priority IS NULL;
-    IF cardinality(v_shapes) = 1 THEN
-      v_quota := ARRAY[least(v_fits[1]::bigint + v_ahead, v_left)];
-    ELSE
-      v_quota := array_fill(0, ARRAY[cardinality(v_shapes)]);
+    v_most := array_fill(p_limit, ARRAY[cardinality(v_shapes)]);
+    SELECT v_left, v_ahead, v_fits, v_part, v_cores, v_gpus, v_mb INTO v_before;
+    LOOP
+      IF cardinality(v_shapes) = 1 THEN
+        v_quota := ARRAY[least(v_fits[1]::bigint + v_ahead, v_left)];
+      ELSE
+        v_quota := array_fill(0, ARRAY[cardinality(v_shapes)]);
+        FOR v IN
+          SELECT s.place
+            FROM view_serial(v_workflows, v_shapes,
+                             ARRAY (SELECT least(v_fits[a.place]::bigint + v_ahead, v_left, a.most)::int
+                                      FROM unnest(v_first, v_most) WITH ORDINALITY AS a (place, most, o)
+                                     ORDER BY a.o),
+                             v_priority, p_minutes) s
+        LOOP
+          i := v.place;
+          f := v_first[i];
+          IF v_fits[f] > 0 AND v_parts[i] <= v_part AND v_task_cores[i] <= v_cores
+             AND v_task_gpus[i] <= v_gpus AND (v_mb IS NULL OR v_task_mb[i] <= v_mb) THEN
+            v_fits[f] := v_fits[f] - 1;
+            v_part := v_part - v_parts[i];
+            v_cores := v_cores - v_task_cores[i];
+            v_gpus := v_gpus - v_task_gpus[i];
+            v_mb := v_mb - v_task_mb[i];
+          ELSIF v_ahead > 0 THEN
+            v_ahead := v_ahead - 1;
+          ELSE
+            CONTINUE;
+          END IF;
+          v_quota[i] := v_quota[i] + 1;
+          v_left := v_left - 1;
+          EXIT WHEN v_left = 0 OR (v_ahead = 0 AND v_part < 1e-6);
+        END LOOP;
+      END IF;
+      SELECT coalesce(array_agg(l), '{}') INTO v_more
+        FROM lock_serial(v_workflows, v_shapes, v_quota, v_priority, p_minutes) l;
+      EXIT WHEN cardinality(v_shapes) = 1 OR cardinality(v_more) = v_before.v_left - v_left;
+      -- Somebody else has locked some that were counted. Share out once more, with no more of their
+      -- kinds than there are: these are ours now, so each kind falls short once at most.
       FOR v IN
-        SELECT s.place
-          FROM view_serial(v_workflows, v_shapes,
-                           ARRAY (SELECT least(v_fits[a.place]::bigint + v_ahead, v_left)::int
-                                    FROM unnest(v_first) WITH ORDINALITY AS a (place, o) ORDER BY a.o),
-                           v_priority, p_minutes) s
+        SELECT k.place, count(t.id)::int AS tasks
+          FROM unnest(v_workflows, v_shapes, v_quota)
+               WITH ORDINALITY AS k (workflow_id, shape_id, quota, place)
+          LEFT JOIN task t ON t.id = ANY (v_more) AND t.shape_id = k.shape_id
+                          AND (k.workflow_id IS NULL OR t.workflow_id = k.workflow_id)
+         GROUP BY k.place, k.quota
+        HAVING count(t.id) < k.quota
       LOOP
-        i := v.place;
-        f := v_first[i];
-        IF v_fits[f] > 0 AND v_parts[i] <= v_part AND v_task_cores[i] <= v_cores
-           AND v_task_gpus[i] <= v_gpus AND (v_mb IS NULL OR v_task_mb[i] <= v_mb) THEN
-          v_fits[f] := v_fits[f] - 1;
-          v_part := v_part - v_parts[i];
-          v_cores := v_cores - v_task_cores[i];
-          v_gpus := v_gpus - v_task_gpus[i];
-          v_mb := v_mb - v_task_mb[i];
-        ELSIF v_ahead > 0 THEN
-          v_ahead := v_ahead - 1;
-        ELSE
-          CONTINUE;
-        END IF;
-        v_quota[i] := v_quota[i] + 1;
-        v_left := v_left - 1;
-        EXIT WHEN v_left = 0 OR (v_ahead = 0 AND v_part < 1e-6);
+        v_most[v.place] := v.tasks;
       END LOOP;
-    END IF;
-    SELECT coalesce(array_agg(l), '{}') INTO v_more
-      FROM lock_serial(v_workflows, v_shapes, v_quota, v_priority, p_minutes) l;
+      EXIT WHEN NOT FOUND;
+      v_left := v_before.v_left;
+      v_ahead := v_before.v_ahead;
+      v_fits := v_before.v_fits;
+      v_part := v_before.v_part;
+      v_cores := v_before.v_cores;
+      v_gpus := v_before.v_gpus;
+      v_mb := v_before.v_mb;
+    END LOOP;
     v_ids := v_ids || v_more;
     IF cardinality(v_shapes) = 1 THEN
       v_left := v_left - cardinality(v_more);
