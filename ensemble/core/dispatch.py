@@ -306,8 +306,9 @@ class Dispatcher:
                     effects += self._give_up(event.reason, event.node)
                 return effects
             case PilotJoined():
-                effects = self._trust(event.node.name)
-                self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
+                pass
+        effects = self._trust(event.node.name)
+        self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
         if self._idle_since is not None:
             self._idle_since = self._now
         self._ask_again = self._is_claiming
