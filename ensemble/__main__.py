@@ -33,14 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = _invoke(sys.argv[1:] if argv is None else argv, session)
         sys.stdout.flush()
-    except BrokenPipeError:
-        return _pipe_closed()
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED
     except click.ClickException as error:
         return _refuse_usage(error)
     except Exception as error:  # the last resort: whatever it is, the user gets one line
+        if isinstance(_first_cause(error), BrokenPipeError):
+            return _pipe_closed()
         return _report(error, session.is_debug)
     finally:
         _let_go_of_errors()

@@ -284,9 +284,11 @@ class Tasks:
             NotFoundError: One does not exist.
         """
         wanted = list(dict.fromkeys(ids))
-        async with asyncio.timeout(timeout_s), _bell(self._store) as rang:
-            while await self._store.unfinished(wanted):
-                await _rung(rang)
+        # One look, however short the time.
+        if await self._store.unfinished(wanted):
+            async with asyncio.timeout(timeout_s), _bell(self._store) as rang:
+                while await self._store.unfinished(wanted):
+                    await _rung(rang)
         states = await self._store.task_states(Selector(ids=tuple(wanted)))
         for missing in sorted(set(wanted) - states.keys()):
             raise NotFoundError(f"there is no task {missing} (ensemble ls)")
@@ -365,7 +367,9 @@ class BatchJobs:
         workflows = await self._store.workflow_ids(new.wf_filter)
         if new.wf_filter is not None and not workflows:
             return [f"no workflow's name contains {new.wf_filter!r} (ensemble ls workflows)"]
-        backlog = [tasks for tasks in await self._jobs.backlog(workflows) if not tasks.is_soon]
+        widest = 1 if new.job_mode is JobMode.SERIAL else new.num_nodes
+        found = await self._jobs.backlog(workflows, [widest])
+        backlog = [tasks for tasks in found if not tasks.is_soon]
         return batch.doubts(new, backlog, margin_s=self._site.settings.launcher.margin_s)
 
     async def find(self, *, limit: int = 100) -> list[BatchJob]:

@@ -128,7 +128,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     lost_s: Delay = 120.0
     #: How long a task is taken to run that has no wall_time_minutes and none like it has run.
     assumed_minutes: Period = 10.0
-    #: A queue is paused after so many batch jobs in a row that ended before their launcher had registered.
+    #: A queue is paused after so many batch jobs in a row that ended before their launcher had registered, or whose launcher failed with nothing done.
     max_failures: Annotated[int, msgspec.Meta(ge=1)] = 3
     #: After a failure a queue waits so long, doubled with each one more, an hour at most.
     retry_s: Delay = 30.0

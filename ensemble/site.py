@@ -151,7 +151,7 @@ async def _prepare_database(path: Path, store: StoreSettings) -> None:
 def _write_settings(path: Path, store: StoreSettings, scheduler: str, chosen: str) -> None:
     lines = [
         "# Settings of this site; every key, its default and its unit: docs/config.md.",
-        f"name = {_quote(path.name)}",
+        f"name = {_quote(path.name.encode(errors='replace').decode())}",
         "",
         "[store]",
     ]

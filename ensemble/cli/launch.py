@@ -136,6 +136,9 @@ def release_lease(session: Session, lease_id: int) -> None:
         except StoreUnavailableError:
             if time.monotonic() > give_up:
                 raise
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise LaunchError(f"lease {lease_id} cannot be closed now: {error}") from error
         time.sleep(1)
 
 

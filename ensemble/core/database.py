@@ -6,6 +6,7 @@ asyncpg 0.32 or later: earlier releases hang on a black-holed network in spite o
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import socket
 import ssl
@@ -239,6 +240,16 @@ def storable(value: T) -> T:
         clean = value.encode("utf-8", "replace").decode()
         return type(value)(clean.replace("\0", "\N{REPLACEMENT CHARACTER}"))
     return value
+
+
+async def fetch_patiently(
+    pool: asyncpg.Pool[Any], statement: str, *values: Any, timeout_s: float
+) -> list[asyncpg.Record]:
+    """Return the rows of one statement that may take longer than others may."""
+    async with pool.acquire() as connection, connection.transaction():
+        # With a statement of its own: one that runs keeps the limit that it began with.
+        await connection.execute(f"SET LOCAL statement_timeout = {math.ceil(1000 * timeout_s)}")
+        return await connection.fetch(statement, *values, timeout=timeout_s)
 
 
 async def again_on_deadlock(call: Callable[[], Awaitable[T]], *, tries: int = 5) -> T:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import asyncpg
@@ -20,8 +21,10 @@ from ensemble.core.model import JobMode
 from ensemble.core.queues import Backlog, Capacity, QueueState
 from ensemble.errors import NotFoundError, TakenError
 
-#: How many runnable tasks of a filter are looked at: more than any queue's limits let in at once.
+#: How many runnable tasks of a filter and a width are looked at: more than any queue's limits let in at once.
 _LOOK_AT = 100_000
+#: A number of nodes that no task is wider than: the largest `int` of the store.
+_WIDEST = 2**31 - 1
 #: Running tasks whose children are looked at.
 _SOON = 10_000
 #: Attempts by which it is told how long tasks take.
@@ -156,17 +159,26 @@ class Jobs:
 
     # ------------------------------------------------------------------ what decisions go by
 
-    async def backlog(self, workflows: Sequence[int] | None) -> list[Backlog]:
+    async def backlog(
+        self, workflows: Sequence[int] | None, widths: Iterable[int] = ()
+    ) -> list[Backlog]:
         """Return what could run now, and what waits only for tasks that run.
 
         Of the first 100,000 runnable tasks in claim order, and of so many children of 10,000 running ones.
 
         Args:
             workflows: Ids of the workflows that count; all when None.
+            widths: Numbers of nodes that allocations have. Tasks that are wider than one do not count
+                among the 100,000 that it has room for, as they come first and could hide these.
         """
         wanted = None if workflows is None else list(workflows)
+        limits = [0, *sorted({width for width in widths if width < _WIDEST}), _WIDEST]
+        now: list[asyncpg.Record] = []
         async with wrapped():
-            now = await self._pool.fetch(queries()["select_backlog"], wanted, _LOOK_AT)
+            for above, up_to in pairwise(limits):
+                now += await self._pool.fetch(
+                    queries()["select_backlog"], wanted, _LOOK_AT, above, up_to
+                )
             soon = await self._pool.fetch(queries()["select_soon"], wanted, _SOON, _LOOK_AT)
         return [
             *(Backlog(**dict(row)) for row in now),
@@ -251,6 +263,12 @@ class Jobs:
         async with wrapped():
             rows = await self._pool.fetch(queries()["select_decisions"], limit)
         return [DecisionNote(**dict(row)) for row in rows]
+
+    async def token(self) -> str:
+        """Return what tells this site's batch jobs from those of others: a part of their names."""
+        async with wrapped():
+            token: str = await self._pool.fetchval(queries()["select_token"])
+        return token
 
     async def service(self) -> Service:
         """Return what is known of the site's service."""

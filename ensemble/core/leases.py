@@ -6,7 +6,6 @@ answer says what became of it (`Verdict`). The statements are in sql/functions.s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
@@ -15,7 +14,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from ensemble.core.database import again_on_deadlock, queries, storable, wrapped
+from ensemble.core.database import again_on_deadlock, fetch_patiently, queries, storable, wrapped
 from ensemble.core.model import (
     Claim,
     End,
@@ -29,7 +28,8 @@ from ensemble.core.model import (
     Verdict,
 )
 from ensemble.core.states import State
-from ensemble.errors import LeaseLostError
+from ensemble.errors import EnsembleError, LeaseLostError, OutcomeUnknownError
+from ensemble.log import get_logger
 
 Verdicts = dict[tuple[int, int], Verdict]
 #: No time limit, in minutes: PostgreSQL's largest `int`.
@@ -40,6 +40,10 @@ _OUTPUTS = {output.value: output for output in Output}
 _FINEST = 2**62
 #: How many runnable tasks are looked at to tell which are left alone.
 _LEFT_ALONE = 100_000
+#: How many tasks of a lost lease are given back at once.
+_BATCH = 5000
+#: For how long to wait until a task is given back that takes its time: it may have millions of children.
+_PATIENCE_S = 3600.0
 
 
 async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -> Lease:
@@ -270,10 +274,9 @@ class Lease:
         async def send() -> list[asyncpg.Record]:
             if timeout_s is None:
                 return await self._pool.fetch(statement, self.id, *columns)
-            async with self._pool.acquire() as connection, connection.transaction():
-                limit = f"SET LOCAL statement_timeout = {math.ceil(1000 * timeout_s)}"
-                await connection.execute(limit)
-                return await connection.fetch(statement, self.id, *columns, timeout=timeout_s)
+            return await fetch_patiently(
+                self._pool, statement, self.id, *columns, timeout_s=timeout_s
+            )
 
         async with wrapped():
             rows = await again_on_deadlock(send)
@@ -373,29 +376,75 @@ class Reaping:
             rows = await self._pool.fetch("SELECT lease_id FROM expire_leases($1)", list(spare))
         return [row["lease_id"] for row in rows]
 
-    async def release(self) -> int:
+    async def release(self, *, is_patient: bool = True) -> int:
         """Give back what closed leases still hold; return how many tasks.
 
         One reaper at a time; the others leave it to that one and return 0. A transaction for each
         batch, so that what has been released stays released whatever becomes of the rest.
+
+        Args:
+            is_patient: Whether to spend the time that a task with very many children takes, up to an hour, once
+                all others are given back.
+
+        Raises:
+            StoreUnavailableError: What some lease holds could not be given back; all were tried.
         """
-        async with wrapped(), self._pool.acquire() as connection:
-            leases = [row["id"] for row in await connection.fetch(queries()["unswept_leases"])]
-            return sum([await _release_some(connection, lease_id) for lease_id in leases])
+        released = 0
+        failed: dict[int, EnsembleError] = {}
+        async with wrapped():
+            for row in await self._pool.fetch(queries()["unswept_leases"]):
+                # Out here: where the database cannot be reached, no other lease fares better.
+                async with self._pool.acquire() as connection:
+                    try:
+                        released += await _release_some(connection, row["id"])
+                    except EnsembleError as error:
+                        failed[row["id"]] = error
+        slow = [key for key, error in failed.items() if isinstance(error, OutcomeUnknownError)]
+        for lease_id in slow if is_patient else []:
+            try:
+                released += await _release_slowly(self._pool, lease_id)
+                del failed[lease_id]
+            except EnsembleError as error:
+                failed[lease_id] = error
+        if failed:
+            raise next(iter(failed.values()))
+        return released
 
 
 async def release_held(pool: asyncpg.Pool[Any], lease_id: int) -> int:
     """Give back what the closed lease still holds; return how many tasks."""
-    async with pool.acquire() as connection:
-        return await _release_some(connection, lease_id, is_reaper=False)
+    try:
+        async with pool.acquire() as connection:
+            return await _release_some(connection, lease_id, is_reaper=False)
+    except OutcomeUnknownError:
+        return await _release_slowly(pool, lease_id)
+
+
+async def _release_slowly(pool: asyncpg.Pool[Any], lease_id: int) -> int:
+    """Give back what takes longer than a statement may: one task, then more at once.
+
+    Without the reapers' lock: the others pass over what is being given back here, and need not wait for it.
+    """
+    get_logger().info("release.slow", lease=lease_id, hint="a task may have many children")
+    released, batch = 0, 1
+    while True:
+        async with wrapped():
+            rows = await fetch_patiently(
+                pool, "SELECT release_lost($1, $2)", lease_id, batch, timeout_s=_PATIENCE_S
+            )
+        some: int = rows[0][0]
+        released += some
+        if some < batch:
+            return released
+        batch = min(4 * batch, _BATCH)
 
 
 async def _release_some(
-    connection: Any, lease_id: int, *, batch: int = 5000, is_reaper: bool = True
+    connection: Any, lease_id: int, *, batch: int = _BATCH, is_reaper: bool = True
 ) -> int:
     released = 0
     while True:
-        async with connection.transaction():
+        async with wrapped(), connection.transaction():
             if is_reaper and not await connection.fetchval(queries()["try_reaper_lock"]):
                 return released
             some: int = await connection.fetchval("SELECT release_lost($1, $2)", lease_id, batch)

@@ -43,6 +43,11 @@ class QueuePolicy:
     node_gpus: int | None = None
     node_memory_mb: int | None = None
 
+    @property
+    def widest(self) -> int:
+        """How many nodes a task may want at most."""
+        return 1 if self.job_mode is JobMode.SERIAL else self.max_nodes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:

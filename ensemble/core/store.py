@@ -5,6 +5,7 @@ A method has its query's name where it is one query; all statements are in sql/.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ensemble.core import insertion, submission
 from ensemble.core.database import (
     Address,
     again_on_deadlock,
+    fetch_patiently,
     open_pool,
     queries,
     wrapped,
@@ -39,7 +41,7 @@ from ensemble.core.model import (
 )
 from ensemble.core.states import State
 from ensemble.core.submission import Layout
-from ensemble.errors import IllegalMoveError, NotFoundError, UsageError
+from ensemble.errors import IllegalMoveError, NotFoundError, StoreUnavailableError, UsageError
 
 #: The name of a check is that of its query.
 CHECKS = (
@@ -90,9 +92,10 @@ class Store:
         self.pool.terminate()
 
     async def ring(self) -> None:
-        """Tell watchers, and launchers that idle, that something was committed."""
-        async with wrapped():
-            await self.pool.execute(queries()["ring"])
+        """Tell watchers, and launchers that idle, that something was committed: a lost ring costs them one poll."""
+        with contextlib.suppress(StoreUnavailableError):
+            async with wrapped():
+                await self.pool.execute(queries()["ring"])
 
     # ------------------------------------------------------------------ apps and workflows
 
@@ -310,28 +313,28 @@ class Store:
     async def kill(self, ids: Sequence[int], *, reason: str | None = None) -> dict[int, bool]:
         """Kill tasks; return those that were, and whether a launcher still has to end a process."""
         async with wrapped():
-            rows = await again_on_deadlock(
-                lambda: self.pool.fetch("SELECT * FROM kill_tasks($1, $2)", list(ids), reason)
-            )
+            rows = await self._change("SELECT * FROM kill_tasks($1, $2)", list(ids), reason)
         await self.ring()
         return {row["id"]: row["was_held"] for row in rows}
 
     async def retry(self, ids: Sequence[int]) -> list[int]:
         """Let FAILED and USER_KILLED tasks run again, with what failed because of them; return all."""
         async with wrapped():
-            rows = await again_on_deadlock(
-                lambda: self.pool.fetch("SELECT id FROM retry_tasks($1)", list(ids))
-            )
+            rows = await self._change("SELECT id FROM retry_tasks($1)", list(ids))
         await self.ring()
         return sorted(row["id"] for row in rows)
 
     async def remove(self, ids: Sequence[int]) -> list[int]:
         """Remove tasks and their history; what is held, or waited for, stays. Return the removed."""
         async with wrapped():
-            rows = await again_on_deadlock(
-                lambda: self.pool.fetch("SELECT id FROM remove_tasks($1)", list(ids))
-            )
+            rows = await self._change("SELECT id FROM remove_tasks($1)", list(ids))
         return sorted(row["id"] for row in rows)
+
+    async def _change(self, statement: str, *values: Any) -> list[asyncpg.Record]:
+        """Change tasks, however long it takes: they may be very many, and their children more."""
+        return await again_on_deadlock(
+            lambda: fetch_patiently(self.pool, statement, *values, timeout_s=_LONG_S)
+        )
 
     async def modify(self, task_id: int, changes: Changes) -> None:
         """Change what a task needs, while no launcher holds it.

@@ -21,6 +21,10 @@ the job is FAILED, or, if any process of it lives, gets a new supervisor there a
 the job: it knows its processes by their session, by ENSEMBLE_LOCAL_JOB_TOKEN in their environment, and by descent.
 What cleared its environment and left the session is out of its reach, and nobody can tell the exit status.
 
+A process number means nothing on another machine or in another container: there a job is left as it is, and not
+counted. A cancellation reaches it through its record, which its supervisor reads now and then. Where that one does
+not obey in a minute, who cancels the job once more ends its record.
+
 A job may submit others: they survive it. Any other daemon that it starts, a database too, is killed when the script
 ends. And nothing survives an outer subreaper that ends what is below it, as an Ensemble launcher's guard does: jobs
 that a task submitted end with its launcher.
@@ -55,6 +59,10 @@ TURN_MOST_S = 60.0
 LOOK_S = 1.0
 #: How often to look whether the processes of a job that is being ended have gone.
 END_S = 0.05
+#: Who cancels a job from another container cannot wake its supervisor, which reads its record this often.
+READ_S = 5.0
+#: How long after its grace a job that was cancelled from there may still be ending.
+OBEY_S = 60.0
 #: How soon to try again to write a record when the disk is full.
 WRITE_AGAIN_S = 1.0
 #: How long killed processes may take before the record names those that hang.
@@ -128,6 +136,11 @@ class Job:
     ends_at: float | None = None
     #: The same end in seconds of CLOCK_BOOTTIME, which nobody sets and which counts while the machine sleeps.
     deadline_s: float | None = None
+    #: Where process numbers are its own, besides machine and boot; not in records of older versions.
+    host: str = ""
+    pid_namespace: str = ""
+    #: When it was first cancelled, in epoch seconds.
+    cancelled_at: float | None = None
 
     @classmethod
     def parse(cls, text: bytes) -> Job:
@@ -245,7 +258,7 @@ class Book:
             self.drop("active", id)  # its supervisor died between the two
             return None
         job = self.read("active", id)
-        if job is None or job.machine != machine():
+        if job is None or is_elsewhere(job):
             return job
         if job.boot != boot():
             job.end("FAILED", "the machine was booted again")
@@ -299,6 +312,7 @@ class Supervisor:
         self.kill_at = 0.0
         self.met: set[Life] = set()
         self.is_poked = True
+        self.read_at = 0.0
         self.is_told_to_end = False
         self.why_not = -1
         self.wakeups, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -348,7 +362,7 @@ class Supervisor:
         for id in reversed(ids):
             with contextlib.suppress(ValueError):
                 other = self.book.judge(id)
-                if other is None or other.machine != job.machine:
+                if other is None or is_elsewhere(other):
                     continue
                 if other.state == "QUEUED":
                     return [other.supervisor], len(ids)
@@ -361,7 +375,7 @@ class Supervisor:
         for id in self.book.list("active"):
             with contextlib.suppress(ValueError):
                 job = self.book.read("active", id) if id > self.id else None
-                if job is not None and job.state == "QUEUED":
+                if job is not None and job.state == "QUEUED" and not is_elsewhere(job):
                     send(job.supervisor, signal.SIGUSR1)
                     return
 
@@ -424,11 +438,13 @@ class Supervisor:
         """Begin to end the job, if it is time."""
         if self.ending:
             return
-        if self.is_poked:
+        if self.is_poked or boot_seconds() >= self.read_at:
             self.is_poked = False
+            self.read_at = boot_seconds() + READ_S
             with contextlib.suppress(OSError, ValueError):
                 found = self.book.read("active", self.id)
-                job.is_cancelled = found is not None and found.is_cancelled
+                ended = f"{self.book.path}/ended/{self.id}.json"
+                job.is_cancelled = found.is_cancelled if found else os.path.exists(ended)
         if self.is_told_to_end:
             self.begin_end(job, "CANCELLED", "its supervisor was told to end (SIGTERM)")
         elif job.is_cancelled:
@@ -696,7 +712,26 @@ def machine() -> str:
     with contextlib.suppress(OSError), open("/etc/machine-id", encoding="ascii") as file:
         if text := file.read().strip():
             return text
+    return host()
+
+
+def host() -> str:
+    """Return what tells this machine from a copy of it."""
     return os.uname().nodename
+
+
+def pid_namespace() -> str:
+    """Return what tells this container's process numbers from those of others."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def is_elsewhere(job: Job) -> bool:
+    """Tell whether it cannot be found out here if a job's processes live."""
+    if job.machine != machine() or job.host not in ("", host()):
+        return True
+    return job.boot == boot() and job.pid_namespace not in ("", pid_namespace())
 
 
 def boot() -> str:
@@ -841,6 +876,8 @@ def parse_job(words: list[str]) -> tuple[str, Job]:
         boot=boot(),
         supervisor=life_of(os.getpid()),
         submitted_at=time.time(),
+        host=host(),
+        pid_namespace=pid_namespace(),
     )
 
 
@@ -969,15 +1006,21 @@ def cancel(words: list[str]) -> None:
         if job is None or job.state not in ("QUEUED", "RUNNING"):
             is_known = job is not None or id in book.list("ended")
             raise Refused(f"job {id} has ended" if is_known else f"there is no job {id}", 1)
-        if job.machine != machine():
+        is_far = is_elsewhere(job)
+        if is_far and not job.host:  # of an older version: its supervisor would not read its record
             raise Refused(f"job {id} is on another machine ({job.machine}): cancel it there", 1)
         job.is_cancelled = True
+        job.cancelled_at = job.cancelled_at or time.time()
         if job.state == "QUEUED":
             job.end("CANCELLED", "cancelled before it began")
             book.close(job)
+        elif is_far and time.time() > job.cancelled_at + job.grace_s + OBEY_S:
+            job.end("CANCELLED", f"cancelled; its supervisor on {job.host} did not answer")
+            book.close(job)
         else:
             book.write(job)
-        send(job.supervisor, signal.SIGUSR1)
+        if not is_far:
+            send(job.supervisor, signal.SIGUSR1)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {

@@ -148,5 +148,5 @@ async def _source(script: str, env: Mapping[str, str], cwd: str | None) -> dict[
     )
     if done.code != 0:
         last = (printable(done.stderr).strip().splitlines() or ["no output"])[-1]
-        raise LaunchError(f"environment script {script} failed with {done.code}: {last}")
+        raise LaunchError(f"environment script {script} failed with {done.code}: {last[:300]}")
     return dict(item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)

@@ -90,8 +90,16 @@ def _row(job: BatchJob, now: datetime) -> tuple[object, ...]:
         short_time(job.submitted_at or job.created_at),
         _between(job.submitted_at or job.created_at, job.started_at or job.ended_at or now),
         _between(job.started_at, job.ended_at or now),
-        job.reason or (job.record or {}).get("reason"),
+        _reason(job),
     )
+
+
+def _reason(job: BatchJob) -> str | None:
+    """Return why a batch job waits, or how it ended: a launcher that failed knows more than its exit status."""
+    record = job.record or {}
+    told = record.get("reason")
+    has_failed = job.state is JobState.FAILED and record.get("exit_code")
+    return (told or job.reason) if has_failed else (job.reason or told)
 
 
 def _between(start: datetime | None, end: datetime) -> str | None:

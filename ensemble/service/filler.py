@@ -101,11 +101,13 @@ class Decider:
         return Picture(jobs=tuple(jobs), decisions=tuple(decisions))
 
     async def _backlog(self) -> list[Backlog]:
-        """Return the tasks that any policy may take: each filter is asked by itself, as each has its limit."""
+        """Return what is runnable: each filter and width is asked by itself, as each has its limit."""
         kinds: dict[Backlog, int] = {}
+        widths = {policy.widest for policy in self.policies if policy.enabled}
         filters = {policy.wf_filter for policy in self.policies if policy.enabled}
         for wf_filter in {None} if None in filters else filters:
-            for tasks in await self._jobs.backlog(await self._store.workflow_ids(wf_filter)):
+            workflows = await self._store.workflow_ids(wf_filter)
+            for tasks in await self._jobs.backlog(workflows, widths):
                 kind = replace(tasks, tasks=0)  # two filters may let the same ones through
                 kinds[kind] = max(kinds.get(kind, 0), tasks.tasks)
         return [replace(kind, tasks=number) for kind, number in kinds.items()]
@@ -257,11 +259,11 @@ class Filler:
             reason = (
                 f"batch job {job.id} ended ({job.state}) before its launcher had registered{last}"
             )
-            if (
-                await self._retry(job.policy, "died early", reason, service.retry_s)
-                >= service.max_failures
-            ):
-                await self._pause(job.policy, f"{service.max_failures} in a row: {reason}")
+            await self._count_early_end(job.policy, reason)
+        elif _has_failed(job):
+            told = str((job.record or {}).get("reason") or job.reason or "it did not say why")
+            reason = f"the launcher of batch job {job.id} failed: {told.splitlines()[0]}"
+            await self._count_early_end(job.policy, reason)
         elif job.tasks == 0 and job.record is not None and job.record.get("left_alone"):
             alone = "; ".join(f"{n} tasks: {why}" for why, n in job.record["left_alone"].items())
             reason = f"the launcher of batch job {job.id} could run nothing: {alone}"
@@ -269,10 +271,23 @@ class Filler:
         elif job.launcher_id is not None:
             await self._jobs.note_success(job.policy, _RUNNING)
 
+    async def _count_early_end(self, policy: str, reason: str) -> None:
+        service = self._settings.service
+        failures = await self._retry(policy, "died early", reason, service.retry_s)
+        if failures >= service.max_failures:
+            await self._pause(policy, f"{service.max_failures} in a row: {reason}")
+
 
 #: Kinds of failures that a submission ends, and a launcher that did its work.
 _SUBMITTING = ("submit", "capacity", "script")
 _RUNNING = ("died early", "idle")
+
+
+def _has_failed(job: BatchJob) -> bool:
+    """Tell whether a launcher ended badly and had done nothing; one whose time was over has not failed."""
+    if job.record is None or job.state is JobState.TIMEOUT:
+        return False
+    return job.record.get("exit_code") != 0 and job.tasks == 0
 
 
 def _new_job(submission: Submission, scheduler: str) -> NewBatchJob:

@@ -84,8 +84,7 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         found, mpi_error = await _find_mpi(site.settings, allocation, options)
         if options.job_mode is JobMode.SERIAL and found is None:
             raise LaunchError(mpi_error)
-        # A lost launcher of this very allocation may still hold its nodes.
-        await reap(store, spool.folder(site.path))
+        await _reap(store, site)
         jobs = Jobs(store.pool)
         if options.batch_job is not None and allocation.ends_at is None:
             allocation = replace(allocation, ends_at=await _end_on_record(jobs, options.batch_job))
@@ -117,6 +116,14 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
             return await _run(launcher, jobs, lease, options.batch_job)
     finally:
         await store.close()
+
+
+async def _reap(store: Store, site: Site) -> None:
+    """Reap before registering: a lost launcher of this very allocation may still hold its nodes."""
+    try:
+        await reap(store, spool.folder(site.path), is_patient=False)
+    except OSError as error:  # the launcher tries again while it runs
+        log.get_logger().warning("reap.failed", error=str(error))
 
 
 async def _run(launcher: Launcher, jobs: Jobs, lease: leases.Lease, batch_job: int | None) -> int:

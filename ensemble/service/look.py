@@ -160,7 +160,10 @@ class Lookout:
             SchedulerError: It does not answer, or not with a listing: then nothing is known, and nothing written.
         """
         active = [job for job in await self._jobs.active() if self._is_ours(job)]
-        given_up = [job for job in await self._jobs.recent(_WATCHED) if self._may_come_back(job)]
+        token = await self._jobs.token()
+        given_up = [
+            job for job in await self._jobs.recent(_WATCHED) if self._may_come_back(job, token)
+        ]
         if not active and not given_up:
             return []
         listing = await self._system.listing(
@@ -184,12 +187,14 @@ class Lookout:
     def _is_ours(self, job: BatchJob) -> bool:
         return job.scheduler == self._system.scheduler.name
 
-    def _may_come_back(self, job: BatchJob) -> bool:
-        """Tell whether the scheduler may still have a batch job that counts nowhere any more."""
+    def _may_come_back(self, job: BatchJob, token: str) -> bool:
+        """Tell whether the scheduler may still have a batch job of ours that counts nowhere any more."""
         is_open = job.state is JobState.LOST or (
             job.state is JobState.CANCELLED and job.scheduler_id is None
         )
-        return is_open and job.age_s < _WATCHED_S and self._is_ours(job)
+        # Of a backup that was restored here: the site that it was made of may have it still.
+        is_restored = not job.name.endswith(f"-{token}-{job.id}")
+        return is_open and not is_restored and job.age_s < _WATCHED_S and self._is_ours(job)
 
     async def _judge_missing(self, job: BatchJob) -> Observation | None:
         if job.has_live_launcher:

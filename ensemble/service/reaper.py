@@ -20,6 +20,7 @@ from ensemble.core.leases import Reaping
 from ensemble.core.model import LauncherIdentity
 from ensemble.core.store import Store
 from ensemble.drivers import process, proctree, roll, sweep
+from ensemble.errors import StoreUnavailableError
 from ensemble.log import get_logger
 from ensemble.service import papers, runtime, spool
 
@@ -28,12 +29,24 @@ _GONE_S = 3.0
 _LOOK_S = 0.05
 
 
-async def reap(store: Store, spools: Path | None = None, *, own_lease: int | None = None) -> int:
+async def reap(
+    store: Store,
+    spools: Path | None = None,
+    *,
+    own_lease: int | None = None,
+    is_patient: bool = True,
+) -> int:
     """Close leases on evidence or after their time, and release their tasks; return how many tasks.
 
     Args:
         spools: Where the site keeps them; None is out of sight.
         own_lease: The caller's own, which it will not find dead.
+        is_patient: Whether to wait, for minutes, for tasks that take long to release. If not, they are left to the next
+            reaper, with a warning.
+
+    Raises:
+        StoreUnavailableError: The database cannot be reached, or refuses.
+        OSError: The spools cannot be listed: no lease was closed.
     """
     log = get_logger()
     reaping = Reaping(store.pool)
@@ -51,7 +64,7 @@ async def reap(store: Store, spools: Path | None = None, *, own_lease: int | Non
         log.warning("lease.reaped", lease=lease_id, evidence="silence or its batch job's end")
         if (found := await _find_papers(reaping, lease_id, spools)) is not None:
             await asyncio.to_thread(papers.remove, found)
-    released = await reaping.release()
+    released = await (reaping.release() if is_patient else _release_at_once(reaping))
     if released:
         log.info("tasks.released", tasks=released)
         await store.ring()
@@ -116,8 +129,18 @@ async def release(store: Store, spools: Path, lease_id: int) -> None:
     if lease_id not in await spool.replay(store, spools):
         evidence = "released by its guard"
         await _bury(reaping, lease_id, spools, state="RELEASED", evidence=evidence, wait_s=_GONE_S)
-    await reaping.release()
+    await reaping.release(is_patient=False)
     await store.ring()
+
+
+async def _release_at_once(reaping: Reaping) -> int:
+    """Release what closed leases hold and can be released now; return how many tasks."""
+    try:
+        return await reaping.release(is_patient=False)
+    except StoreUnavailableError as error:
+        hint = "a launcher or the service tries again soon"
+        get_logger().warning("tasks.not_released", error=str(error), hint=hint)
+        return 0
 
 
 async def _bury(

@@ -24,10 +24,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def on_signals(react: Callable[[str], None]) -> None:
-    """Call *react* with a signal's name, in the event loop, whenever one of them arrives."""
+    """Call *react* with a signal's name, in the event loop, whenever one of them arrives.
+
+    What was ignored from the start (nohup) means nothing.
+    """
     loop = asyncio.get_running_loop()
     for number in DRAIN_SIGNALS:
-        loop.add_signal_handler(number, react, number.name)
+        if signal.getsignal(number) == signal.SIG_IGN:
+            # Caught all the same: what is ignored, programs that are started would ignore, too.
+            loop.add_signal_handler(number, lambda: None)
+        else:
+            loop.add_signal_handler(number, react, number.name)
 
 
 async def until(event: asyncio.Event, at_most_s: float) -> bool:

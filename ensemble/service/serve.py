@@ -20,7 +20,7 @@ from ensemble.core.backoff import Backoff
 from ensemble.core.jobs import Jobs, ServiceLock
 from ensemble.core.listener import Listener
 from ensemble.core.store import Store
-from ensemble.errors import EnsembleError, StoreUnavailableError, TakenError
+from ensemble.errors import ClusterError, EnsembleError, StoreUnavailableError, TakenError
 from ensemble.service import runtime, spool
 from ensemble.service.filler import Decider, Filler, Picture
 from ensemble.service.look import Lookout
@@ -261,7 +261,7 @@ class Service:
             try:
                 self._lock = await _lock(self._site)
                 self._log.info("service.lock_regained")
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, ClusterError) as error:
                 delay_s = backoff.fail()
                 self._log.warning("store.lost", error=str(error), retry_s=delay_s)
                 await asyncio.sleep(delay_s)
@@ -275,7 +275,7 @@ class Service:
     async def _reap(self) -> None:
         while True:
             try:
-                await reap(self._store, spool.folder(self._site.path))
+                await runtime.detached(reap(self._store, spool.folder(self._site.path)))
             except (StoreUnavailableError, OSError, RuntimeError) as error:
                 self._log.warning("reap.failed", error=str(error))
             period_s = min(_REAP_S, self._site.settings.service.period_s)

@@ -122,14 +122,17 @@ def _shorten(end: End, limit: int, now: datetime) -> End:
 
 
 def find(directory: Path) -> dict[int, Path]:
-    """Return the spools that are there, by lease; none where the site's files cannot be seen.
+    """Return the spools that are there, by lease; none where the directory is out of sight.
 
     By listing: over NFS, a name that was not there a moment ago may go on being missed, but whoever opens a
     directory sees what is in it (nfs(5), close-to-open consistency).
+
+    Raises:
+        OSError: Nobody can tell which are there; not for now, at least.
     """
     try:
         names = sorted(os.listdir(directory))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     return {int(match[1]): directory / match[0] for match in map(_NAME.fullmatch, names) if match}
 
@@ -210,8 +213,11 @@ async def replay(store: Store, directory: Path, *, spare: Container[int] = ()) -
         spare: Leases whose spools are left alone.
 
     Returns:
-        Leases that must not be closed yet: somebody's open transaction has locked a task of theirs, or the store had
-        no answer.
+        Leases that must not be closed yet: somebody's open transaction has locked a task of theirs, their spool could
+        not be read, or the store had no answer.
+
+    Raises:
+        OSError: The spools cannot be listed: no lease may be closed yet.
     """
     found = await asyncio.to_thread(find, directory)
     return {
@@ -241,8 +247,8 @@ async def _replay(store: Store, lease_id: int, path: Path) -> bool:
         log.warning("spool.not_recorded", error=str(error), hint="it is tried again soon")
         return False
     except OSError as error:
-        log.warning("spool.not_read", error=str(error))
-        return True
+        log.warning("spool.not_read", error=str(error), hint="its lease stays open until it can")
+        return False
     except EnsembleError as error:
         with contextlib.suppress(OSError):
             await asyncio.to_thread(path.rename, path.with_name(f"{path.name}.bad"))

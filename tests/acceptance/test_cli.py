@@ -171,6 +171,18 @@ def test_init_where_no_directory_can_be_is_refused(tmp_path):
     assert (done.status, done.err.count("\n")) == (2, 1)
 
 
+def test_a_directory_whose_name_is_no_text_may_be_a_site(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    path.mkdir()
+    try:
+        done = init(path, cwd=tmp_path)
+        assert done.status == 0, done
+        assert 'name = "caf?"' in (path / "ensemble.toml").read_text()
+        assert run("add", "--", "true", cwd=path).ids == [1]
+    finally:
+        run("--site", str(path), "db", "stop", cwd=tmp_path)
+
+
 @pytest.mark.parametrize("words", [("ls",), ("status",), ("launch",), ("db", "start")])
 def test_a_site_that_is_not_there(tmp_path, words):
     for more in ((), ("--site", str(tmp_path / "none"))):
@@ -518,6 +530,31 @@ def test_a_followed_log_ends_with_the_task(ens):
         follower.stdout.close()
 
 
+def test_a_reader_that_leaves_a_followed_log_is_no_error(ens):
+    task = ens.add("--name", "left", "--", "true")
+    folder = Path(ens("dir", str(task)).strip())
+    folder.mkdir(parents=True)
+    output = folder / "left.out"
+    output.write_text("one\n")
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "ensemble", "log", str(task), "-f"],
+        cwd=ens.site,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert follower.stdout.readline() == b"one\n"
+        follower.stdout.close()
+        with output.open("a") as file:
+            file.write("two\n")
+        assert (follower.wait(timeout=60), follower.stderr.read()) == (141, b"")
+    finally:
+        follower.kill()
+        follower.wait()
+        follower.stderr.close()
+
+
 @pytest.mark.parametrize("verb", ["show", "log", "dir", "kill", "retry", "rm", "wait"])
 def test_a_task_that_is_not_there(ens, verb):
     ens.fails(3, "there is no task 999999999", verb, "999999999")
@@ -597,8 +634,9 @@ def test_wait(ens):
     task = ens.add("--", "true")
     ens.fails(1, "1 of 1 tasks had not ended in time", "wait", str(task), "--timeout", "0.2")
     ens("kill", str(task))
-    done = ens.full("wait", str(task))
-    assert (done.status, done.out) == (1, "1 USER_KILLED\n")
+    for words in ((), ("--timeout", "0")):
+        done = ens.full("wait", str(task), *words)
+        assert (done.status, done.out) == (1, "1 USER_KILLED\n")
 
 
 # ---------------------------------------------------------------------------- running

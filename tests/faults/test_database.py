@@ -14,6 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from ensemble.core.leases import Reaping
 from ensemble.core.model import Outcome
 from ensemble.core.states import State
 from ensemble.drivers import proctree
@@ -21,6 +22,7 @@ from ensemble.service import spool
 from tests.faults import witness
 from tests.faults.witness import witnessed
 from tests.integration.launching import WHEEL, Ensemble
+from tests.integration.storing import Desk, slowed
 
 pytestmark = WHEEL
 
@@ -326,15 +328,9 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(
 async def slow(ens: Ensemble, owner: asyncpg.Connection[Any]) -> AsyncIterator[int]:
     """A task whose end takes eight seconds in the database, as that of one with very many children does."""
     (task_id,) = await ens.store.add([witnessed()])
-    await owner.execute(
-        "CREATE FUNCTION ensemble.test_slow() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_sleep(8); RETURN NEW; END $$;"
-        "CREATE TRIGGER test_slow BEFORE UPDATE ON ensemble.task FOR EACH ROW "
-        f"WHEN (NEW.id = {task_id} AND NEW.state = 'JOB_FINISHED' AND OLD.state <> NEW.state) "
-        "EXECUTE FUNCTION ensemble.test_slow()"
-    )
-    yield task_id
-    await owner.execute("DROP TRIGGER test_slow ON ensemble.task; DROP FUNCTION ensemble.test_slow")
+    when = f"NEW.id = {task_id} AND NEW.state = 'JOB_FINISHED' AND OLD.state <> NEW.state"
+    async with slowed(owner, "UPDATE", when, by_s=8):
+        yield task_id
 
 
 @pytest.mark.parametrize("mode", ["mpi", "serial"])
@@ -365,6 +361,33 @@ async def test_such_an_end_in_a_spool_holds_up_no_other_lease(ens: Ensemble, slo
     assert await ens.leave(other) == 0, other.log
     assert await ens.outcomes(slow) == [Outcome.DONE]
     await witness.check(ens)
+
+
+async def test_a_lost_task_that_takes_long_to_give_back_keeps_no_launcher_from_its_work(
+    ens: Ensemble, owner: asyncpg.Connection[Any]
+) -> None:
+    desk = Desk(ens.store)
+    lease = await desk.register()
+    lost = await desk.add_one(max_losses=0)
+    await desk.begin(lease)
+    await Reaping(ens.store.pool).bury(lease.id, state="EXPIRED", evidence="gone")
+    when = f"NEW.id = {lost} AND OLD.lease_id IS NOT NULL AND NEW.lease_id IS NULL"
+    short = {"STORE_COMMAND_TIMEOUT_S": 1, "LAUNCHER_LEASE_TTL_S": 8}
+    async with slowed(owner, "UPDATE", when, by_s=600):
+        launched = ens.launch("--persistent", **short)
+        await ens.eventually(lambda: launched.events("release.slow"))
+        assert launched.events("tasks.not_released"), "it was not tried before the launcher began"
+        (other,) = await ens.store.add([witnessed()])
+        await ens.reach(State.JOB_FINISHED, other)
+        launched.signal(signal.SIGTERM)
+        assert await ens.leave(launched) == 0, launched.log
+        assert (await desk.task(lost)).state is State.RUNNING
+    async with slowed(owner, "UPDATE", when, by_s=3):
+        again = ens.launch("--persistent", **short)
+        await ens.reach(State.FAILED, lost)
+        again.signal(signal.SIGTERM)
+        assert await ens.leave(again) == 0, again.log
+    assert await ens.outcomes(lost) == [Outcome.LOST]
 
 
 @pytest.mark.parametrize("mode", ["mpi", "serial"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,6 +28,34 @@ from ensemble.core.model import (
 from ensemble.core.store import Store
 
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@asynccontextmanager
+async def slowed(owner: Any, on: str, when: str, *, by_s: float) -> AsyncIterator[None]:
+    """Have the database take its time over some rows, as over a task with very many children.
+
+    It lets pass only statements that may take an hour.
+
+    Args:
+        owner: A connection of the schema's owner.
+        on: DELETE or UPDATE.
+        when: Which rows of `task`, by OLD and NEW.
+        by_s: How long each takes.
+    """
+    await owner.execute(
+        "CREATE FUNCTION ensemble.test_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"PERFORM pg_sleep({by_s}); "
+        "IF current_setting('statement_timeout')::interval < '1 hour' THEN RAISE 'impatient'; END IF; "
+        "RETURN coalesce(NEW, OLD); END $$;"
+        f"CREATE TRIGGER test_slow BEFORE {on} ON ensemble.task FOR EACH ROW WHEN ({when}) "
+        "EXECUTE FUNCTION ensemble.test_slow()"
+    )
+    try:
+        yield
+    finally:
+        await owner.execute(
+            "DROP TRIGGER test_slow ON ensemble.task; DROP FUNCTION ensemble.test_slow"
+        )
 
 
 @dataclass

@@ -19,16 +19,18 @@ from typing import Any
 import pytest
 
 from ensemble.api import Client
-from ensemble.config import Settings, StoreSettings
+from ensemble.config import ServiceSettings, Settings, StoreSettings
 from ensemble.core import migrations
 from ensemble.core.backup import back_up, read_head, verify
-from ensemble.core.batchjob import JobState, NewBatchJob
+from ensemble.core.batchjob import JobState, NewBatchJob, Observation
 from ensemble.core.database import connect
 from ensemble.core.jobs import Jobs, ServiceLock
 from ensemble.core.leases import Lease
 from ensemble.core.model import Cause, JobMode, NewApp, NewTask, Outcome, Selector, Verdict
 from ensemble.core.restoration import Restored, restore
 from ensemble.core.store import Store
+from ensemble.drivers import batch
+from ensemble.drivers.batch import BatchSystem
 from ensemble.drivers.pg import backup as files
 from ensemble.errors import (
     AllocationError,
@@ -39,8 +41,10 @@ from ensemble.errors import (
     TakenError,
     UsageError,
 )
+from ensemble.service.look import Lookout
 from ensemble.site import OWNER, Site, create
 from tests.integration.launching import WHEEL, Ensemble, sh
+from tests.integration.serving import FakeSlurm
 from tests.integration.storing import Desk
 
 #: What text may look like that is hard to write down.
@@ -264,6 +268,39 @@ async def test_nothing_of_the_past_comes_back_to_life(site, desk, empty, other, 
 
 
 @WHEEL
+async def test_a_restored_site_leaves_the_batch_jobs_of_the_first_one_alone(
+    site, desk, empty, other, tmp_path
+):
+    """They have the rows, names and ids of its own that were given up, which it cancels when they come back."""
+    jobs, copied = Jobs(desk.store.pool), Jobs(other.store.pool)
+    queued, lost, cancelled = [await jobs.open(SLURM, site="s") for _ in range(3)]
+    await jobs.set_submitted(queued.id, "101")
+    for job, state in ((lost, JobState.LOST), (cancelled, JobState.CANCELLED)):
+        await jobs.set_missing(job.id)
+        assert await jobs.observe(Observation(id=job.id, was=JobState.NEW, state=state))
+    await load(empty, await save(site, tmp_path / "b.gz"))
+
+    fake = FakeSlurm(tmp_path / "slurm")
+    listed = {"101": queued, "102": lost, "103": cancelled}
+    lines = [f"{number}|PENDING|Priority|{job.name}\n" for number, job in listed.items()]
+    (fake.state / "jobs").write_text("".join(lines))
+    slurm = BatchSystem(
+        batch.get("slurm", directory=tmp_path, max_running=1),
+        environ={"PATH": fake.path},
+        cwd=tmp_path,
+    )
+    fresh = await copied.open(SLURM, site="s")
+    await copied.set_submitted(fresh.id, "104")
+    await Lookout(copied, slurm, ServiceSettings()).look()
+    assert fake.count("looks") == 1
+    assert fake.lines("cancels") == []
+    await Lookout(jobs, slurm, ServiceSettings()).look()
+    assert fake.lines("cancels") == ["102", "103"]
+    assert (await jobs.get(queued.id)).state is JobState.QUEUED
+    given_up = await copied.get(queued.id)
+    assert (given_up.state, given_up.scheduler_id) == (JobState.LOST, "101")
+
+
 async def test_ids_go_on_above_all_that_were_used_here(site, desk, tmp_path):
     await desk.add(3)
     path = await save(site, tmp_path / "b.gz")

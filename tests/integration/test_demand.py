@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from ensemble.config import QueueSettings, Settings
 from ensemble.core.batchjob import NewBatchJob
 from ensemble.core.jobs import Jobs
 from ensemble.core.model import JobMode, Outcome
 from ensemble.core.queues import Backlog
+from ensemble.service.filler import Decider
 
 
 @pytest.fixture
@@ -130,6 +133,42 @@ async def test_the_first_hundred_thousand_in_claim_order_are_looked_at(many, des
     one = await desk.store.workflow_ids("many")
     found = await jobs.backlog(one)
     assert {(tasks.num_nodes, tasks.tasks) for tasks in found} == {(9, 1), (1, 99_999)}
+
+
+@pytest.fixture
+async def wide(many, desk):
+    """100,000 runnable tasks that come before four of two nodes and five of one."""
+    await desk.sql("UPDATE task SET num_nodes = 3 WHERE num_nodes = 1")
+    await desk.add(4, workflow="other", num_nodes=2)
+    await desk.add(5, workflow="many")
+
+
+async def test_tasks_that_are_too_wide_do_not_hide_those_that_fit(wide, desk, jobs):
+    first = {(9, 1), (8, 1), (3, 99_998)}
+    for workflows in (None, await desk.store.workflow_ids("")):
+        for widths, shown in (([], first), ([2], first | {(2, 4), (1, 5)})):
+            found = await jobs.backlog(workflows, widths)
+            assert {(tasks.num_nodes, tasks.tasks) for tasks in found} == shown
+    found = await jobs.backlog(None, [8, 1, 1, 3, 2**40])
+    shown = {(9, 1), (8, 1), (3, 100_000), (1, 5)}  # three nodes have room for all of these
+    assert {(tasks.num_nodes, tasks.tasks) for tasks in found} == shown
+
+
+async def test_what_fits_is_submitted_for_behind_what_is_too_wide(wide, desk, jobs):
+    settings = Settings(
+        queue={
+            "narrow": QueueSettings(wf_filter="many"),
+            "serial": QueueSettings(job_mode="serial", max_nodes=9),
+            "two": QueueSettings(max_nodes=2, wf_filter="other"),
+        }
+    )
+    for name, first in (("narrow", "5 tasks, "), ("serial", "5 tasks, "), ("two", "4 tasks, ")):
+        only = msgspec.structs.replace(settings, queue={name: settings.queue[name]})
+        [decision, *_] = (await Decider(desk.store, jobs, only).decide()).decisions
+        assert decision.reason.startswith(first), decision
+    await desk.sql("UPDATE task SET num_nodes = 3 WHERE num_nodes < 3")
+    picture = await Decider(desk.store, jobs, settings).decide()
+    assert picture.decisions[0].reason == "99,999 tasks wider than max_nodes = 1"
 
 
 # ---------------------------------------------------------------------------- typical minutes

@@ -41,6 +41,15 @@ async def test_a_failing_script_fails_all_that_wait_and_is_tried_again(tmp_path:
     assert runs(tmp_path) == 2
 
 
+async def test_the_last_words_of_a_failing_script_are_no_longer_than_a_reason_may_be(
+    tmp_path: Path,
+) -> None:
+    path = script(tmp_path, "printf 'no module %0100000d' 7 >&2; exit 3")
+    with pytest.raises(LaunchError, match=r"failed with 3: no module 0+$") as caught:
+        await source(path, dict(os.environ))
+    assert len(str(caught.value)) < len(path) + 400
+
+
 async def test_the_kill_of_the_task_that_runs_the_script_leaves_it_to_another(
     tmp_path: Path,
 ) -> None:

@@ -37,6 +37,10 @@ echo $$ >> pids
 while :; do sleep 1234; done
 """
 TIME_NAMESPACE = ["unshare", "--time", "--boottime", "1000000"]
+AS_ROOT = [] if os.geteuid() == 0 else ["--map-root-user"]
+CONTAINER = ["unshare", *AS_ROOT, "--pid", "--fork", "--mount-proc"]
+#: One that has a name of its own, too.
+NAMED = ["unshare", *AS_ROOT, "--uts", "sh", "-c", 'hostname elsewhere; exec "$@"', "sh"]
 
 
 class Machine:
@@ -95,6 +99,13 @@ class Machine:
         return {
             seen.id: seen for seen in scheduler.parse_status(self.run(scheduler.status_argv([])))
         }
+
+    @contextlib.contextmanager
+    def inside(self, prefix: list[str]) -> Iterator[None]:
+        """Run all commands below another one."""
+        self.prefix = prefix
+        yield
+        self.prefix = []
 
     def cancel(self, id: str) -> Completed:
         return self.run(local.make(self.path, 1).cancel_argv(id))
@@ -605,9 +616,83 @@ def test_another_machines_jobs_are_not_judged(machine: Machine) -> None:
     id = _give_up_on(machine)
     machine.change(id, machine="another", boot="its own")
     assert machine.listing()[id].state is JobState.RUNNING
-    assert "on another machine (another): cancel it there" in machine.cancel(id).stderr
     assert machine.await_end(machine.submit("true")).state is JobState.FINISHED
     assert machine.listing()[id].state is JobState.RUNNING
+
+
+def test_a_copied_machine_is_another_machine(machine: Machine) -> None:
+    id = _give_up_on(machine)
+    machine.change(id, host="another", boot="its own")
+    assert machine.listing()[id].state is JobState.RUNNING
+
+
+needs_containers = pytest.mark.skipif(
+    any(
+        subprocess.run([*prefix, "true"], capture_output=True).returncode != 0
+        for prefix in (CONTAINER, NAMED)
+    ),
+    reason="unshare --pid is not allowed here",
+)
+
+
+@needs_containers
+@pytest.mark.parametrize("prefix", [CONTAINER, NAMED], ids=["pids", "name"])
+def test_another_containers_jobs_are_not_judged(machine: Machine, prefix: list[str]) -> None:
+    id = machine.submit("echo $$ > pid; exec sleep 1234")
+    queued = machine.submit("echo second")
+    machine.hear("pid")
+    before = machine.record(id)
+    with machine.inside(prefix):
+        assert machine.listing()[id].state is JobState.RUNNING
+        assert machine.listing()[queued].state is JobState.QUEUED
+    assert machine.record(id) == before
+    machine.cancel(id)
+    assert machine.await_end(queued).state is JobState.FINISHED
+
+
+@needs_containers
+@pytest.mark.parametrize("prefix", [CONTAINER, NAMED], ids=["pids", "name"])
+def test_another_containers_jobs_can_be_cancelled(machine: Machine, prefix: list[str]) -> None:
+    id = machine.submit(
+        "trap 'echo $$ asked >> asked; exit 7' TERM; echo $$ > pid; while :; do sleep 0.05; done"
+    )
+    queued = machine.submit("echo never")
+    pid = machine.hear("pid")
+    with machine.inside(prefix):
+        assert machine.cancel(queued).code == 0
+        assert machine.cancel(id).code == 0
+        assert machine.cancel(id).code == 0
+        assert machine.listing()[queued].state is JobState.CANCELLED
+    seen = machine.await_end(id)
+    assert (seen.state, seen.exit_code, seen.reason) == (JobState.CANCELLED, 7, "cancelled")
+    assert machine.hear("asked") == f"{pid} asked"
+    assert not machine.output.exists() or "never" not in machine.output.read_text()
+
+
+def test_a_job_whose_container_is_gone_can_be_cancelled(machine: Machine) -> None:
+    id = _give_up_on(machine)
+    machine.change(id, pid_namespace="pid:[1]")
+    assert machine.cancel(id).code == 0
+    assert machine.listing()[id].state is JobState.RUNNING
+    machine.change(id, cancelled_at=time.time() - 120)
+    assert machine.cancel(id).code == 0
+    seen = machine.listing()[id]
+    assert seen.state is JobState.CANCELLED
+    assert "did not answer" in seen.reason
+    assert machine.cancel(id).code == 1
+
+
+def test_records_of_an_older_version_are_judged(machine: Machine) -> None:
+    id = _give_up_on(machine)
+    old = machine.record(id)
+    for name in ("host", "pid_namespace", "cancelled_at"):
+        del old[name]
+    path = machine.path / "active" / f"{id}.json"
+    path.write_text(json.dumps(old | {"machine": "another"}))
+    assert machine.listing()[id].state is JobState.RUNNING
+    assert "on another machine (another): cancel it there" in machine.cancel(id).stderr
+    path.write_text(json.dumps(old))
+    assert machine.listing()[id].state is JobState.FAILED
 
 
 def _life_of(pid: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 
 import pytest
 
@@ -240,14 +241,16 @@ async def test_what_the_service_asks_does_not_grow_with_history(past):
 
 async def test_the_backlog_is_read_from_an_index_in_claim_order(past):
     indexes = {"NULL": "task_runnable_idx", "'{2,3}'": "task_runnable_workflow_idx"}
-    for mode in MODES:
+    types = ["int[]", "int", "int", "int"]
+    for mode, width in product(MODES, (["0", "2"], ["2", "2147483647"])):
         for workflows, index in indexes.items():
-            nodes = await explain(
-                past, queries()["select_backlog"], ["int[]", "int"], [workflows, "100"], mode
-            )
+            values = [workflows, "100", *width]
+            nodes = await explain(past, queries()["select_backlog"], types, values, mode)
             scans = [node for node in nodes if node.get("Relation Name") == "task"]
             assert {node["Node Type"] for node in scans} == {"Index Scan"}, f"{mode}: {scans}"
             assert index in {node["Index Name"] for node in scans}, mode
+            conditions = [node["Index Cond"] for node in scans if node["Index Name"] == index]
+            assert all("num_nodes" in condition for condition in conditions), f"{mode}: {scans}"
 
 
 async def blocks(connection, call):

@@ -21,10 +21,17 @@ import asyncpg
 import msgspec
 import pytest
 import uvloop
+from structlog.testing import capture_logs
 
 import ensemble
 from ensemble.config import StoreSettings
-from ensemble.drivers.pg import account as pgaccount, certificates, owner as pgowner
+from ensemble.drivers.pg import (
+    account as pgaccount,
+    addresses as pgaddresses,
+    certificates,
+    owner as pgowner,
+    server as pgserver,
+)
 from ensemble.drivers.pg.layout import Layout
 from ensemble.drivers.postgres import Cluster, Role
 from ensemble.errors import ClusterError
@@ -289,14 +296,38 @@ async def test_starting_twice_is_starting_once(cluster):
     assert (await cluster.start()).port == again.port
 
 
-async def test_a_taken_port_is_left_to_its_holder(cluster):
+async def test_a_taken_port_is_left_to_its_holder(cluster, monkeypatch):
+    monkeypatch.setattr(pgserver, "_PORT_S", 0.5)
     port = (await cluster.start()).port
     await cluster.stop()
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", port)
-    async with server:
-        assert (await cluster.start()).port != port
-        async with connected(cluster):
-            pass
+    with capture_logs() as logs:
+        async with server:
+            other = (await cluster.start()).port
+            assert other != port
+            async with connected(cluster):
+                pass
+    (line,) = logs
+    assert (line["event"], line["was"], line["port"]) == ("cluster.port_changed", port, other)
+    assert "start them again" in line["hint"]
+
+
+async def test_a_port_that_is_taken_for_a_moment_is_waited_for(cluster, monkeypatch):
+    monkeypatch.setattr(pgserver, "_PORT_S", 60)
+    port = (await cluster.start()).port
+    await cluster.stop()
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", port)
+    look = pgaddresses.free_port
+
+    def look_and_let_go(*arguments):
+        found = look(*arguments)
+        server.close()
+        return found
+
+    monkeypatch.setattr(pgaddresses, "free_port", look_and_let_go)
+    with capture_logs() as logs:
+        assert (await cluster.start()).port == port
+    assert logs == []
 
 
 @pytest.mark.parametrize("is_pid_used_again", [False, True])

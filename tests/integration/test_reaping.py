@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from ensemble.core.leases import Reaping, _release_some
 from ensemble.core.model import Cause, Outcome
-from ensemble.errors import AllocationError
+from ensemble.core.store import Store
+from ensemble.errors import AllocationError, OutcomeUnknownError
+from tests.integration.storing import slowed
 
 
 @pytest.fixture
@@ -175,6 +178,28 @@ async def test_a_locked_task_or_child_is_released_by_the_next_reaping(desk, reap
     assert await desk.sql("SELECT swept FROM lease")
     assert set((await desk.states()).values()) == {"FAILED"}
     assert (await desk.task(free)).state == "FAILED"
+
+
+async def test_one_that_takes_longer_than_a_statement_may_is_released_after_all_others(
+    desk, address, owner
+):
+    slow, beside, other = await desk.add(3, max_losses=0)
+    for count in (2, 1):
+        lease = await desk.register()
+        await desk.begin(lease, count)
+        await Reaping(desk.store.pool).bury(lease.id, state="EXPIRED", evidence="gone")
+    hasty = await Store.open(replace(address, command_timeout_s=1), name="test")
+    reaping = Reaping(hasty.pool)
+    when = f"NEW.id = {slow} AND OLD.lease_id IS NOT NULL AND NEW.lease_id IS NULL"
+    async with slowed(owner, "UPDATE", when, by_s=4):
+        with pytest.raises(OutcomeUnknownError):
+            await reaping.release(is_patient=False)
+        assert (await desk.task(other)).state == "FAILED"
+        assert {(await desk.task(each)).state for each in (slow, beside)} == {"RUNNING"}
+        assert await reaping.release() == 2
+    await hasty.close()
+    assert set((await desk.states()).values()) == {"FAILED"}
+    assert await desk.sql("SELECT bool_and(swept) FROM lease")
 
 
 async def test_a_live_lease_is_never_released(desk, psql):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import shutil
 import signal
 
+import msgspec
 import pytest
 
 from ensemble.core.batchjob import JobState
@@ -13,6 +16,7 @@ from ensemble.core.jobs import Jobs, ServiceLock
 from ensemble.core.model import Selector
 from ensemble.core.states import State
 from ensemble.drivers import proctree
+from ensemble.drivers.pg.layout import Layout
 from ensemble.errors import TakenError
 from ensemble.service.filler import Decider
 from tests.integration.launching import WHEEL, sh
@@ -231,6 +235,19 @@ async def test_a_signal_lets_it_end_what_it_does_and_begin_nothing_more(
     assert (await serving.jobs.service()).stopped_at is not None
 
 
+async def test_a_signal_that_was_ignored_from_the_start_means_nothing(serving: Serving):
+    """As `nohup` does, for a terminal that is closed."""
+    serving.write(ONE)
+    argv = serving.argv
+    serving.argv = lambda *words: ["nohup", *argv(*words)]  # type: ignore[method-assign]
+    served = await serving.started()
+    served.process.send_signal(signal.SIGHUP)
+    await add(serving)
+    await serving.reach("QUEUED")
+    assert "service.stopping" not in served.log
+    await serving.stop(served)
+
+
 async def test_a_signal_during_a_look_submits_nothing(serving: Serving):
     serving.write(ONE, timeout_s=2)
     await serving.submit(policy="other")
@@ -433,6 +450,54 @@ async def test_three_jobs_that_die_before_their_launcher_pause_the_queue_with_th
     assert "batch job 3 last printed" in text
 
 
+async def test_three_launchers_that_fail_with_nothing_done_pause_the_queue_and_say_why(
+    serving: Serving,
+):
+    serving.write("[queue.debug]\njob_mode = 'serial'\n", kind="local")
+    settings = serving.path / "ensemble.toml"
+    broken = f'launcher = "mpich"\ncommand = "{shutil.which("false")}"\n'
+    settings.write_text(re.sub(r"command = .*\n", broken, settings.read_text()))
+    await add(serving)
+    served = await serving.started()
+    reason = await serving.paused("debug")
+    assert "3 in a row" in reason
+    assert "no pilot joined" in reason
+    await serving.stop(served)
+    jobs = await serving.reach("FAILED", "FAILED", "FAILED")
+    assert all(job.launcher_id is not None and job.tasks == 0 for job in jobs)
+    text = await serving.run_beside("queue")
+    assert text.count("no pilot joined") > 3
+    assert "exit status 1" not in text
+
+
+@pytest.mark.parametrize(
+    ("state", "has_failed"), [("FAILED", True), ("TIMEOUT", False), ("CANCELLED", False)]
+)
+async def test_a_batch_job_that_time_or_a_user_ended_is_no_failure(
+    serving: Serving, desk, state: str, has_failed: bool
+):
+    serving.write(ONE)
+    await add(serving)
+    served = await serving.started()
+    [job] = await serving.reach("QUEUED")
+    lease = await desk.register(
+        job=job.scheduler_id, scheduler="slurm", batch_job_id=job.id, left_s=600.0
+    )
+    await lease.close("no pilot joined")
+    record = {"exit_code": 1, "reason": "no pilot joined", "tasks": 0}
+    await serving.jobs.set_record(job.id, lease.launcher_id, record)
+    serving.fake.move(state)
+
+    async def has_ended() -> bool:
+        return (await serving.jobs.get(job.id)).state == state
+
+    await serving.eventually(has_ended, within_s=30)
+    await rounds(serving)
+    await serving.stop(served)
+    kinds = {found.kind for found in (await serving.jobs.queue_states()).values()}
+    assert ("died early" in kinds) is has_failed, served.log
+
+
 async def test_a_launcher_that_can_run_nothing_makes_its_queue_wait_longer_each_time(
     serving: Serving,
 ):
@@ -491,6 +556,27 @@ async def test_it_outlives_a_restart_of_the_database(serving: Serving, how: str)
     serving.fake.move("COMPLETED")
     await serving.reach("FINISHED", "QUEUED")
     assert served.process.poll() is None
+    await serving.stop(served)
+
+
+async def test_it_waits_for_a_database_that_listens_nowhere_near(serving: Serving):
+    """Which is what it finds after `db start --takeover` on another host, without store.listen."""
+    serving.write(ONE)
+    served = await serving.started()
+    assert serving.cluster is not None
+    await serving.cluster.stop()
+    layout = Layout.load(serving.cluster.folder)
+    owner = layout.owner()
+    assert owner is not None
+    layout.set_owner(msgspec.structs.replace(owner, host="login9", boot_id="b9", addresses=[]))
+    try:
+        await serving.says(served, "listens only on login9 itself")
+    finally:
+        layout.set_owner(owner)
+        await serving.cluster.start()
+    await serving.says(served, "service.lock_regained", within_s=60)
+    await add(serving)
+    await serving.reach("QUEUED")
     await serving.stop(served)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import signal
@@ -342,6 +343,49 @@ async def test_whoever_does_not_see_the_files_reaps_as_without_them(
     await reaper.release(ens.store, spools / "elsewhere", lease.id)
     assert await desk.states() == {claims[0].id: "RESTART_READY"}
     path.unlink()
+
+
+async def test_while_the_spools_cannot_be_listed_no_lease_is_closed(
+    desk: Desk, ens: Ensemble, spools: Path
+) -> None:
+    lease, claims = await begun(desk, 1, ttl_s=0.05)
+    path = leave_spool(spools, lease, done(claims))
+    await desk.sql("UPDATE lease SET expires_at = now() - interval '1 hour'")
+    away = spools.rename(spools.with_name("spool-away"))
+    spools.symlink_to(spools)
+    try:
+        with pytest.raises(OSError, match="symbolic links"):
+            await reaper.release(ens.store, spools, lease.id)
+        launched = ens.launch("--persistent", LAUNCHER_LEASE_TTL_S=4)
+        await ens.eventually(lambda: len(launched.events("reap.failed")) > 1)
+        assert await lease_of(desk, lease) == ("ACTIVE", False)
+    finally:
+        spools.unlink()
+        away.rename(spools)
+    await ens.reach(State.JOB_FINISHED)
+    launched.signal(signal.SIGTERM)
+    assert await ens.leave(launched) == 0, launched.log
+    assert await desk.tell(claims[0].id) == ("JOB_FINISHED", 1, False)
+    assert not path.exists()
+
+
+async def test_while_a_spool_cannot_be_read_its_lease_is_not_closed(
+    desk: Desk, ens: Ensemble, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease, claims = await begun(desk, 1, ttl_s=0.05)
+    leave_spool(spools, lease, done(claims))
+    await desk.sql("UPDATE lease SET expires_at = now() - interval '1 hour'")
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as stale:
+        stale.setattr(Path, "lstat", fail)
+        assert await reaper.reap(ens.store, spools) == 0
+        await reaper.release(ens.store, spools, lease.id)
+    assert await lease_of(desk, lease) == ("ACTIVE", False)
+    await reaper.reap(ens.store, spools)
+    assert await desk.tell(claims[0].id) == ("JOB_FINISHED", 1, False)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from ensemble.core.database import connect
+from ensemble.core.database import connect, queries
 from ensemble.core.leases import Reaping
 from ensemble.core.model import Changes, NewApp, NewTask, Outcome, Output, Selector
 from ensemble.core.store import CHECKS, Store
 from ensemble.errors import IllegalMoveError, NotFoundError, StoreUnavailableError, UsageError
 from ensemble.site import TASK
-from tests.integration.storing import Desk
+from tests.integration.storing import Desk, slowed
 
 REFUSED = asyncpg.InsufficientPrivilegeError
 
@@ -77,6 +77,26 @@ async def test_a_task_can_be_changed_while_nobody_holds_it(desk):
     assert (found.workflow, found.priority, found.tags) == ("w", 5, {"a": "1", "b": "2"})
     with pytest.raises(NotFoundError):
         await desk.store.modify(99, Changes(priority=5))
+
+
+async def test_changes_may_take_longer_than_other_statements(desk, address, owner):
+    hasty = await Store.open(replace(address, command_timeout_s=1), name="test")
+    ids = await desk.add(2)
+    async with slowed(owner, "UPDATE", f"NEW.id = {ids[0]}", by_s=2):
+        assert await hasty.kill(ids) == dict.fromkeys(ids, False)
+        assert await hasty.retry(ids) == ids
+    async with slowed(owner, "DELETE", f"OLD.id = {ids[0]}", by_s=2):
+        assert await hasty.remove(ids) == ids
+    await hasty.close()
+
+
+async def test_what_was_committed_has_not_failed_when_only_the_ring_is_lost(desk, monkeypatch):
+    monkeypatch.setitem(queries(), "ring", "SELECT pg_terminate_backend(pg_backend_pid())")
+    (task,) = await desk.add()
+    await desk.store.modify(task, Changes(priority=5))
+    assert await desk.store.kill([task]) == {task: False}
+    assert await desk.store.retry([task]) == [task]
+    assert await desk.tell(task) == ("PREPROCESSED", 0, False)
 
 
 async def test_what_tasks_need_of_a_node_is_on_record_once(desk):

@@ -132,6 +132,15 @@ async def test_wait_gives_up_in_time_and_knows_what_does_not_exist(site, desk):
         await tasks.wait([99])
 
 
+async def test_a_wait_without_time_looks_once(site, desk):
+    tasks = Client(site, desk.store).tasks
+    task, other = await desk.add(2)
+    await desk.store.kill([task])
+    assert await tasks.wait([task], timeout_s=0) == {task: "USER_KILLED"}
+    with pytest.raises(TimeoutError):
+        await tasks.wait([task, other], timeout_s=0)
+
+
 async def test_a_wait_that_loses_the_store_says_so_plainly(site, desk, eventually):
     task = await desk.add_one()
     store = await Store.open(site.address())

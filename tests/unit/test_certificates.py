@@ -29,6 +29,22 @@ def test_the_server_certificate_is_signed_by_the_site(authority):
     assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("x" * 100, "x" * 50),
+        ("Исследование-белковых-структур-2026", "Исследование-белковых-стру"),
+        ("x" + "Ж" * 40, "x" + "Ж" * 24),
+        ("caf\udce9", "caf?"),
+    ],
+)
+def test_a_certificate_names_any_directory_as_far_as_it_may(name, shown):
+    made = certificates.make_authority(name, now=NOW)
+    subject = x509.load_pem_x509_certificate(made.certificate).subject
+    (found,) = subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    assert found.value == f"Ensemble site {shown}"
+
+
 def test_a_client_that_pins_the_site_accepts_only_its_server(authority, tmp_path):
     other = certificates.make_authority("other", now=datetime.now(UTC))
     mine = certificates.make_authority("mine", now=datetime.now(UTC))

@@ -61,6 +61,32 @@ def test_only_a_reboot_or_an_orderly_stop_frees_a_data_directory(change, where):
     assert pgowner.whereabouts(owner, HERE) == where
 
 
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({}, True),
+        ({"boot_id": "b0"}, True),
+        ({"host": "login2"}, False),
+        ({"machine_id": "m2"}, False),
+        ({"machine_id": ""}, False),
+    ],
+)
+def test_a_host_is_told_by_its_name_and_its_machine_id(change, is_same):
+    assert pgowner.is_same_host(msgspec.structs.replace(OWNER, **change), HERE) == is_same
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [({}, True), ({"boot_id": "b0"}, False), ({"host": "login2"}, False), ({"boot_id": ""}, False)],
+)
+def test_where_there_is_no_machine_id_one_boot_is_one_host(change, is_same):
+    here = msgspec.structs.replace(HERE, machine_id="")
+    owner = msgspec.structs.replace(OWNER, machine_id="", **change)
+    assert pgowner.is_same_host(owner, here) == is_same
+    if change.get("boot_id") is not None:
+        assert pgowner.whereabouts(owner, here) == "elsewhere"
+
+
 def test_a_live_process_that_got_a_dead_servers_pid_is_not_the_server(tmp_path):
     (tmp_path / "postmaster.pid").write_text(f"{os.getpid()}\n{tmp_path}\n")
     assert pgowner.postmaster_pid(tmp_path) is None

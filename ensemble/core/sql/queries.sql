@@ -350,15 +350,16 @@ SELECT count(*)::int
   FROM (SELECT b.policy, b.created_at FROM batch_job b ORDER BY b.id DESC LIMIT 1000) b
  WHERE b.policy IS NOT NULL AND b.created_at > clock_timestamp() - make_interval(secs => $1::float8)
 
--- select_backlog(workflow_ids, limit)
--- What could run now, in claim order, as far as the limit goes. Counted before it is given names.
+-- select_backlog(workflow_ids, limit, above, up_to)
+-- What could run now on more than `above` and up to so many nodes, in claim order, as far as the limit goes.
+-- Counted before it is given names.
 SELECT w.name AS workflow, t.num_nodes, t.ranks_per_node, n.node_packing_count AS packing,
        n.gpus_per_rank::bigint * t.ranks_per_node AS gpus, n.memory_mb, t.wall_time_minutes,
        sum(t.tasks)::int AS tasks
   FROM (SELECT f.workflow_id, f.num_nodes, f.ranks_per_node, f.shape_id, f.wall_time_minutes, count(*) AS tasks
           FROM ((SELECT t.workflow_id, t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes
                    FROM task t
-                  WHERE $1::int[] IS NULL
+                  WHERE $1::int[] IS NULL AND t.num_nodes > $3 AND t.num_nodes <= $4
                     AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
                   ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
                   LIMIT $2)
@@ -369,7 +370,7 @@ SELECT w.name AS workflow, t.num_nodes, t.ranks_per_node, n.node_packing_count A
                     SELECT t.workflow_id, t.num_nodes, t.ranks_per_node, t.shape_id, t.wall_time_minutes,
                            t.priority, t.id
                       FROM task t
-                     WHERE t.workflow_id = x.id
+                     WHERE t.workflow_id = x.id AND t.num_nodes > $3 AND t.num_nodes <= $4
                        AND t.state IN ('PREPROCESSED', 'RESTART_READY') AND t.lease_id IS NULL
                      ORDER BY t.priority DESC, t.num_nodes DESC, t.wall_time_minutes DESC, t.id
                      LIMIT $2) s
@@ -458,6 +459,10 @@ UPDATE service SET stopped_at = clock_timestamp() WHERE epoch = $1
 SELECT host, pid, period_s, started_at, seen_at, stopped_at,
        extract(epoch FROM clock_timestamp() - seen_at)::float8 AS silent_s
   FROM service
+
+-- select_token()
+-- What a backup was made of has another one than what it is restored to.
+SELECT token FROM service
 
 -- select_queue_states()
 SELECT name, paused_by, paused_at, reason, failures, kind, retry_at,

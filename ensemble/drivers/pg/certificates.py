@@ -103,8 +103,9 @@ def _builder(
 
 
 def _name(common_name: str) -> x509.Name:
-    # X.520 ends a common name at 64 characters; site names may be longer.
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
+    # X.520 ends a common name at 64 characters, and OpenSSL at 64 bytes; site names may be longer, and no text.
+    cut = common_name.encode(errors="replace")[:64].decode(errors="ignore")
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cut)])
 
 
 def _alternative(name: str) -> x509.GeneralName:

@@ -84,9 +84,12 @@ def whereabouts(owner: Owner | None, now_here: Here) -> Literal["nobody", "here"
 def is_same_host(one: Here, other: Here) -> bool:
     """Return whether two records are of one machine, perhaps of two boots of it.
 
-    Names alone do not say so: every other container is called localhost.
+    Names alone do not say so: every other container is called localhost. Where there is no machine id, as
+    in slim containers, two boots of one machine cannot be told from two machines.
     """
-    return bool(one.machine_id) and (one.host, one.machine_id) == (other.host, other.machine_id)
+    if (one.host, one.machine_id) != (other.host, other.machine_id):
+        return False
+    return bool(one.machine_id) or (bool(one.boot_id) and one.boot_id == other.boot_id)
 
 
 def start_ticks(pid: int) -> int | None:

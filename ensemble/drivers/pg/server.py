@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -30,6 +31,8 @@ WAIT_S = 60
 LOG_LIMIT_BYTES = 20 * 1024 * 1024
 #: For so long the processes of a killed server may still be leaving.
 _LEAVING_S = 20.0
+#: For so long a port that is taken may become free again: launchers that run know no other.
+_PORT_S = 10.0
 #: What the log says when another process took the port between our look and the server's.
 _PORT_TAKEN = ("could not bind", "Address already in use")
 _STILL_LEAVING = ("is still in use", "Is another postmaster")
@@ -74,7 +77,7 @@ async def launch(layout: Layout, settings: StoreSettings, wanted_port: int | Non
     """Start a server on a data directory that none has open, and record that it is ours.
 
     Args:
-        wanted_port: Taken when it is free.
+        wanted_port: Taken when it is free, or soon becomes so.
 
     Raises:
         ClusterError: It does not start; names its log and what that says.
@@ -84,8 +87,8 @@ async def launch(layout: Layout, settings: StoreSettings, wanted_port: int | Non
     addresses = _choose_addresses(settings, has_tls=is_encrypted)
     _forget_dead(layout)
     _put_log_aside(layout)
+    port = await _choose_port((LOOPBACK, *addresses), wanted_port)
     deadline = asyncio.get_running_loop().time() + _LEAVING_S
-    port = wanted_port
     while True:
         port = pgaddresses.free_port((LOOPBACK, *addresses), port)
         # Ours from before the first write: were this process to die now, other hosts keep off.
@@ -101,6 +104,13 @@ async def launch(layout: Layout, settings: StoreSettings, wanted_port: int | Non
         _configure(layout, owner, settings)
         problem = await _try_start(layout, binaries)
         if problem is None:
+            if wanted_port not in (None, port):
+                log.get_logger().warning(
+                    "cluster.port_changed",
+                    was=wanted_port,
+                    port=port,
+                    hint="launchers and a service of this site that run do not find it: start them again",
+                )
             return own(layout, owner, pgowner.postmaster_pid(layout.data_dir))
         if not _may_pass(problem) or asyncio.get_running_loop().time() > deadline:
             own(layout, owner, pgowner.postmaster_pid(layout.data_dir))
@@ -202,6 +212,17 @@ def _choose_addresses(settings: StoreSettings, *, has_tls: bool) -> list[str]:
         )
     addresses = pgaddresses.resolve_addresses(settings.listen)
     return [address for address in addresses if address != LOOPBACK]
+
+
+async def _choose_port(addresses: Sequence[str], wanted: int | None) -> int:
+    """Return *wanted*, if need be after a while; any port that is free when it stays taken."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _PORT_S
+    while True:
+        port = pgaddresses.free_port(addresses, wanted)
+        if wanted in (None, port) or loop.time() > deadline:
+            return port
+        await asyncio.sleep(0.25)
 
 
 def _configure(layout: Layout, owner: Owner, settings: StoreSettings) -> None:
