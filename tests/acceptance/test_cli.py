@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -504,38 +505,9 @@ def test_directory_and_output(ens):
     ens.fails(3, "left no output of attempt 7", "log", str(task), "--attempt", "7")
 
 
-def test_a_followed_log_ends_with_the_task(ens):
-    task = ens.add("--name", "followed", "--", "true")
-    folder = Path(ens("dir", str(task)).strip())
-    folder.mkdir(parents=True)
-    output = folder / "followed.out"
-    output.write_text("one\n")
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "ensemble", "log", str(task), "-f"],
-        cwd=ens.site,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert follower.stdout.readline() == b"one\n"
-        with output.open("a") as file:
-            file.write("two\n")
-        assert follower.stdout.readline() == b"two\n"
-        ens("kill", str(task))
-        assert follower.wait(timeout=20) == 0
-        assert follower.stdout.read() == b""
-    finally:
-        follower.kill()
-        follower.wait()
-        follower.stdout.close()
-
-
-def test_a_reader_that_leaves_a_followed_log_is_no_error(ens):
-    task = ens.add("--name", "left", "--", "true")
-    folder = Path(ens("dir", str(task)).strip())
-    folder.mkdir(parents=True)
-    output = folder / "left.out"
-    output.write_text("one\n")
+@contextlib.contextmanager
+def following(ens: Command, task: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Follow a task's log, in a process of its own, whose outputs are to be read."""
     follower = subprocess.Popen(
         [sys.executable, "-m", "ensemble", "log", str(task), "-f"],
         cwd=ens.site,
@@ -544,15 +516,42 @@ def test_a_reader_that_leaves_a_followed_log_is_no_error(ens):
         stderr=subprocess.PIPE,
     )
     try:
+        yield follower
+    finally:
+        follower.kill()
+        follower.wait()
+        follower.stdout.close()
+        follower.stderr.close()
+
+
+def test_a_followed_log_ends_with_the_task(ens):
+    task = ens.add("--name", "followed", "--", "true")
+    folder = Path(ens("dir", str(task)).strip())
+    folder.mkdir(parents=True)
+    output = folder / "followed.out"
+    output.write_text("one\n")
+    with following(ens, task) as follower:
+        assert follower.stdout.readline() == b"one\n"
+        with output.open("a") as file:
+            file.write("two\n")
+        assert follower.stdout.readline() == b"two\n"
+        ens("kill", str(task))
+        assert follower.wait(timeout=20) == 0
+        assert follower.stdout.read() == b""
+
+
+def test_a_reader_that_leaves_a_followed_log_is_no_error(ens):
+    task = ens.add("--name", "left", "--", "true")
+    folder = Path(ens("dir", str(task)).strip())
+    folder.mkdir(parents=True)
+    output = folder / "left.out"
+    output.write_text("one\n")
+    with following(ens, task) as follower:
         assert follower.stdout.readline() == b"one\n"
         follower.stdout.close()
         with output.open("a") as file:
             file.write("two\n")
         assert (follower.wait(timeout=60), follower.stderr.read()) == (141, b"")
-    finally:
-        follower.kill()
-        follower.wait()
-        follower.stderr.close()
 
 
 @pytest.mark.parametrize("verb", ["show", "log", "dir", "kill", "retry", "rm", "wait"])

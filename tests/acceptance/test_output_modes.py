@@ -19,7 +19,7 @@ from ensemble import api
 from ensemble.core.model import NewTask
 from ensemble.drivers.output import Tail
 from ensemble.errors import UsageError
-from tests.acceptance.test_cli import ROOT, Command, init, run
+from tests.acceptance.test_cli import ROOT, Command, following, init, run
 
 MPICH = Path(sys.executable).parent / "mpiexec"
 KEPT = 16384
@@ -231,14 +231,7 @@ def test_the_log_of_a_task_that_runs_is_there_when_it_ends(ens, mode):
         "sh", "-c", "echo begun; until test -e go; do sleep 0.05; done; echo done",
     )  # fmt: skip
     ens.fails(3, "no output yet (-f waits for it)", "log", str(task))
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "ensemble", "log", str(task), "-f"],
-        cwd=ens.site,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
+    with following(ens, task) as follower:
         assert follower.stderr.readline() == (
             f"task {task} keeps only the end of its output: waiting for it\n".encode()
         )
@@ -249,11 +242,6 @@ def test_the_log_of_a_task_that_runs_is_there_when_it_ends(ens, mode):
             launcher.wait()
         assert follower.wait(20) == 0
         assert follower.stdout.read() == b"begun\ndone\n"
-    finally:
-        follower.kill()
-        follower.wait()
-        follower.stdout.close()
-        follower.stderr.close()
 
 
 def test_a_killed_task_keeps_what_it_had_said(ens, mode):
