@@ -367,8 +367,7 @@ class BatchJobs:
         workflows = await self._store.workflow_ids(new.wf_filter)
         if new.wf_filter is not None and not workflows:
             return [f"no workflow's name contains {new.wf_filter!r} (ensemble ls workflows)"]
-        widest = 1 if new.job_mode is JobMode.SERIAL else new.num_nodes
-        found = await self._jobs.backlog(workflows, [widest])
+        found = await self._jobs.backlog(workflows, [batch.size_of(new).widest])
         backlog = [tasks for tasks in found if not tasks.is_soon]
         return batch.doubts(new, backlog, margin_s=self._site.settings.launcher.margin_s)
 

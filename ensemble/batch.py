@@ -295,6 +295,16 @@ async def cancel(jobs: Jobs, system: BatchSystem, job_id: int, reason: str) -> b
     return await system.cancel(scheduler_id) if scheduler_id is not None else True
 
 
+def size_of(new: NewBatchJob) -> QueuePolicy:
+    """Return the limits that a batch job is for the tasks that it may take."""
+    return QueuePolicy(
+        name="",
+        job_mode=new.job_mode,
+        max_nodes=new.num_nodes,
+        max_minutes=new.wall_time_minutes,
+    )
+
+
 def doubts(new: NewBatchJob, backlog: Sequence[Backlog], *, margin_s: float) -> list[str]:
     """Return what speaks against a batch job as things are: lines for people. Pure.
 
@@ -306,12 +316,7 @@ def doubts(new: NewBatchJob, backlog: Sequence[Backlog], *, margin_s: float) -> 
     which = "" if new.wf_filter is None else f" of workflows that contain {new.wf_filter!r}"
     if not backlog:
         return [f"no task{which} is runnable now (ensemble ls)"]
-    size = QueuePolicy(
-        name="",
-        job_mode=new.job_mode,
-        max_nodes=new.num_nodes,
-        max_minutes=new.wall_time_minutes,
-    )
+    size = size_of(new)
     rules = Rules(margin_minutes=margin_s / 60)
     reasons: Counter[str] = Counter()
     for tasks in backlog:

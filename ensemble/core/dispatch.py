@@ -306,9 +306,12 @@ class Dispatcher:
                     effects += self._give_up(event.reason, event.node)
                 return effects
             case PilotJoined():
-                pass
+                return self._use(event, self._plan)
+
+    def _use(self, event: PilotJoined, plan: Shares) -> list[Effect]:
+        """Take a node into the plan, as new."""
         effects = self._trust(event.node.name)
-        self._plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
+        plan.add(event.node, SlotBook(event.cores, event.gpus, event.memory_mb))
         if self._idle_since is not None:
             self._idle_since = self._now
         self._ask_again = self._is_claiming

@@ -140,7 +140,7 @@ class Health:
     @property
     def _most(self) -> int:
         """How many of them may be set aside: never the last."""
-        return min(max(self._there // _PART, 1), self._there - 1)
+        return min(max(self._there // _PART, 1), max(self._there - 1, 0))
 
     @property
     def _on_trial(self) -> int:
@@ -180,7 +180,7 @@ class Health:
                 known[program] = tuple(each for each in known[program] if each != node)
                 if not known[program]:
                     del known[program]
-        return self._forgive() if self._on_trial > max(self._most, 0) else []
+        return self._forgive() if self._on_trial > self._most else []
 
     def trust(self, node: str) -> None:
         """Let a node begin anew."""
