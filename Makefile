@@ -20,9 +20,12 @@ demo: $(USER_STAMP) ## run a real ensemble on this machine, from nothing (second
 
 # JOBS=2 runs two at a time, in two thirds of the time; a busy machine may then be slower than a test allows.
 JOBS ?= 0
+# TRIES=2 gives a failed test a second try, at most five tests of a run, and prints what the first one said.
+TRIES ?= 1
 
 test: $(DEV_STAMP) ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup $(if $(filter-out 1,$(TRIES)),\
+	  --reruns=$$(($(TRIES) - 1)) --max-suite-reruns=5 --rerun-show-tracebacks)
 
 soak: $(DEV_STAMP) ## break everything at random for twenty minutes, and check that nothing was lost (SEED=N)
 	$(BIN)/python -m tests.faults.soak $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))

@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from asyncpg.transaction import Transaction
 
 from ensemble.core.leases import Reaping
 from ensemble.core.model import Outcome
@@ -262,6 +263,19 @@ async def test_rights_that_are_lost_for_a_while_cost_no_task(
 # ---------------------------------------------------------------------------- it is locked
 
 
+async def hold(psql: asyncpg.Connection[Any], lock: str) -> Transaction:
+    """Take a lock; again where its several parts met ours in another order, and lost."""
+    while True:
+        transaction = psql.transaction()
+        await transaction.start()
+        try:
+            await psql.execute(lock)
+        except asyncpg.DeadlockDetectedError:
+            await transaction.rollback()
+        else:
+            return transaction
+
+
 @pytest.mark.parametrize(
     ("lock", "mode"),
     [
@@ -282,10 +296,10 @@ async def test_somebodys_locks_only_delay(
     )
     await ens.reach(State.RUNNING, long, within_s=60)
     await ens.eventually(lambda: has_ended(ens, 5), within_s=60)
-    async with psql.transaction():
-        await psql.execute(lock)
-        # What was claimed ends, and nobody can be told.
-        await ens.eventually(lambda: set(ens.processes()) == set(ens.processes(long)))
+    held = await hold(psql, lock)
+    # What was claimed ends, and nobody can be told.
+    await ens.eventually(lambda: set(ens.processes()) == set(ens.processes(long)))
+    await held.rollback()
     go(ens)
     assert await ens.leave(launched) == 0, launched.log
     assert await ens.states() == [State.JOB_FINISHED, *[State.JOB_FINISHED, State.FAILED] * 30]
