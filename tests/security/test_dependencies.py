@@ -28,6 +28,7 @@ TOOLS = {
     "mypy",
     "pytest-asyncio",
     "pytest-timeout",
+    "pytest-rerunfailures",
     "pytest-xdist",
     "ruff",
     "types-aiofiles",
