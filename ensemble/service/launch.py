@@ -43,6 +43,8 @@ _SHORT = 0.1
 _WORD_S = 5.0
 _STARTERS = 16
 _READERS = 2
+#: For asyncio.to_thread().
+_OTHERS = 6
 
 
 def main(site: Site, options: LaunchOptions) -> int:
@@ -97,6 +99,8 @@ async def _launch(site: Site, options: LaunchOptions, guard: GuardLink | None) -
         if guard is not None:
             guard.lease(lease.id)
         with contextlib.ExitStack() as threads:
+            others = threads.enter_context(_threads("other", _OTHERS))
+            asyncio.get_running_loop().set_default_executor(others)
             if found is not None and options.job_mode is JobMode.SERIAL:
                 make_runner = _make_pilots(site, options, allocation, lease, found)
             else:

@@ -9,6 +9,7 @@ has ended it). Only then are its tasks reported lost, so that no second attempt 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +161,8 @@ class Pilots:
         self._unwritten: list[tuple[str, _Joining | None]] = []
         self._is_writing = False
         self._is_closing = False
+        #: When this launcher last went on after it had stood still for longer than pilots bear.
+        self._awake_since = 0.0
         self._beat_s = min(_BEAT_S, base.patience_s / 4)
         #: Why not one pilot is left, or ever was.
         self.failure: LaunchError | None = None
@@ -374,8 +377,10 @@ class Pilots:
         pilot_.connection = None
         if self._is_closing:
             return
-        # Its guard ends it by the last beat, at the latest; and says so at once where it can.
-        pilot_.silent_until = pilot_.beaten + self._base.patience_s + KILL_S
+        # Its guard ends it by the last beat, at the latest; and says so at once where it can. Where
+        # this host slept meanwhile, the guard may wake no sooner than we did.
+        ended = max(pilot_.beaten + self._base.patience_s, runtime.boottime_s())
+        pilot_.silent_until = ended + KILL_S
         pilot_.why_silent = reason
         self._log.warning("pilot.silent", node=pilot_.node.name, reason=reason)
         self._post(PilotSilent(node=pilot_.node.name))
@@ -392,7 +397,13 @@ class Pilots:
         await asyncio.sleep(KILL_S / 2)
         if is_settled():
             return
-        swept = await asyncio.to_thread(sweep.sweep_token, pilot_.marker_prefix)
+        try:
+            swept = await asyncio.to_thread(sweep.sweep_token, pilot_.marker_prefix)
+        except (
+            OSError
+        ) as error:  # for want of file descriptors; its last beat runs out all the same
+            self._log.warning("sweep.failed", node=pilot_.node.name, error=str(error))
+            return
         if not swept.left and not is_settled():
             self._lost(pilot_, "its pilot is not heard of any more, and nothing of it is left")
 
@@ -473,7 +484,11 @@ class Pilots:
             return
         await self._start(self._pilots)
         while True:
+            before = runtime.boottime_s()
             await asyncio.sleep(self._beat_s / 2)
+            if runtime.boottime_s() - before > self._base.patience_s / 2:
+                self._hear_out()
+                continue
             if self._has_lost:  # here, as hundreds of nodes may be lost at once
                 self._has_lost = False
                 self._of = {id: place for id, place in self._of.items() if place[0].is_up}
@@ -491,6 +506,15 @@ class Pilots:
         assert self.failure is not None
         return self.failure
 
+    def _hear_out(self) -> None:
+        """Listen first: it was we who stood still (stopped, or asleep), so what was said is still to be read."""
+        self._awake_since = now = runtime.boottime_s()
+        self._log.warning("launcher.stood_still", hint="pilots may have been ended meanwhile")
+        for pilot_ in self._pilots:
+            pilot_.heard = now
+            if pilot_.silent_until is not None:
+                pilot_.silent_until = max(pilot_.silent_until, now + KILL_S)
+
     def _look_at(self, pilot_: _Pilot, now: float) -> None:
         if pilot_.connection is not None:
             if now - pilot_.heard > self._base.patience_s:
@@ -499,8 +523,10 @@ class Pilots:
             elif now - pilot_.beaten >= self._beat_s:
                 self._beat(pilot_)
         elif pilot_.silent_until is not None and now > pilot_.silent_until:
-            # Not one word from it: the node is dead, or its network is. Nobody is sent there again.
-            self._lost(pilot_, pilot_.why_silent, may_return=False)
+            # Not one word from it: the node is dead, or its network is, and nobody is sent there
+            # again; or nobody was there to hear it.
+            was_heard = pilot_.beaten > self._awake_since
+            self._lost(pilot_, pilot_.why_silent, may_return=not was_heard)
 
     def _beat(self, pilot_: _Pilot) -> None:
         pilot_.beaten = runtime.boottime_s()
@@ -588,7 +614,8 @@ class Pilots:
                 self._log.warning("mpirun.did_not_end", launch=launch.number)
             await process.end_tree(launch.process, grace_s=0)
         self._server.close()
-        self._base.link_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the site's file system may be away
+            self._base.link_path.unlink(missing_ok=True)
         if self._roll is not None:
             roll.remove(self._base.run_directory)
 

@@ -55,8 +55,6 @@ class Recorder:
         self._is_full = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        #: Rows that the store refused: another lease or attempt owns them now.
-        self.fenced = 0
 
     @property
     def pending(self) -> frozenset[Pair]:
@@ -224,7 +222,6 @@ class Recorder:
                 del waiting[pair]
             self._answer(pair, is_written=verdict in (Verdict.APPLIED, Verdict.DUPLICATE))
             if verdict in (Verdict.FENCED, Verdict.MISSING):
-                self.fenced += verdict is Verdict.FENCED
                 self._log.warning("report.refused", task=pair[0], attempt=pair[1], verdict=verdict)
 
     def _answer(self, pair: Pair, *, is_written: bool) -> None:

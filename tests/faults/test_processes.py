@@ -59,6 +59,12 @@ def send(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    stat = proctree.read_stat(pid)
+    return stat is not None and not stat.is_zombie
+
+
 def stop_and_kill(pids: list[int]) -> None:
     """Kill processes in one moment: none sees another die.
 
@@ -126,6 +132,32 @@ async def test_what_stands_still_past_the_lease_never_runs_beside_its_successor(
     assert ended == [[Outcome.LOST, Outcome.DONE]] * 2
     assert {task.losses for task in await ens.tasks()} == {1}
     await leave_well(ens, other)
+    await witness.check(ens)
+
+
+async def test_a_launcher_that_stood_still_within_its_lease_hears_what_was_said_and_goes_on(
+    ens: Ensemble,
+) -> None:
+    brief = WAIT.replace("log/go", "log/brief")
+    ids = await ens.store.add([witnessed(brief), witnessed(WAIT)])
+    launched = ens.launch(
+        "--persistent", mode="serial", LAUNCHER_LEASE_TTL_S=60, LAUNCHER_PILOT_PATIENCE_S=5
+    )
+    await ens.reach(State.RUNNING, *ids, within_s=60)
+    await ens.eventually(lambda: all(ens.processes(task_id) for task_id in ids))
+    found = parts(ens, launched)
+    send(found["launcher"], signal.SIGSTOP)
+    (ens.site.path / "log" / "brief").touch()
+    await ens.eventually(lambda: not ens.processes())  # the pilots' guards have ended the other
+    await ens.eventually(lambda: not any(map(is_running, found["pilot"] + found["pilot guard"])))
+    send(found["launcher"], signal.SIGCONT)
+    await ens.reach(State.JOB_FINISHED, *ids, within_s=60)
+    assert [await ens.outcomes(task_id) for task_id in ids] == [
+        [Outcome.DONE],
+        [Outcome.LOST, Outcome.DONE],
+    ]
+    await leave_well(ens, launched)
+    assert "launcher.stood_still" in launched.log
     await witness.check(ens)
 
 
