@@ -7,6 +7,7 @@ otherwise, that of Open MPI 4.1.4 and 5.0.11, MPICH 5.0.2 and Slurm 22.05.
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping
 
 from ensemble.drivers.mpiline import Flavor
@@ -21,13 +22,33 @@ def failed_to_start(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
     return exit_code != 0 and _says(output_tail, *_NOT_STARTED.get(flavor, ()))
 
 
-def was_turned_away(flavor: Flavor, exit_code: int, output_tail: str) -> bool:
-    """Tell whether Slurm would not make the step now, so that no rank ran and the same again may work.
+def refusal(flavor: Flavor, exit_code: int, output: str) -> str | None:
+    """Return why Slurm would not make the step, so that no rank ran; None when there may have been one.
 
-    Seen while slurmctld (22.05) is away, and for seconds after it has been started again.
+    A program that ran may have been refused a step of its own, and have said no more. Then srun tells how its task
+    exited; Hydra ends like it, while Hydra whose own srun was refused waits until it is killed (`may_hang`).
+
+    Args:
+        flavor: The launcher.
+        exit_code: As it is, not `program_status`.
+        output: All that was written: before the end of a longer one there may be a program's words.
     """
-    refusals = flavor in _STARTED_BY_SRUN and re.search(_TURNED_AWAY, output_tail)
-    return exit_code != 0 and bool(refusals)
+    if exit_code == 0 or (flavor in _HYDRA and exit_code != _KILLED) or flavor not in _BY_SRUN:
+        return None
+    lines = [line for line in output.splitlines() if line.strip()]
+    if not all(line.startswith("srun: ") and not _OF_A_STEP.search(line) for line in lines):
+        return None
+    reasons = [found[1] for line in lines if (found := _REFUSED.fullmatch(line))]
+    return reasons[-1] if reasons else None
+
+
+def may_pass(reason: str) -> bool:
+    """Tell whether Slurm may make a step soon that it has refused for this reason.
+
+    Seen while slurmctld (22.05) is away, or does not answer in time; for a second after it has been started again,
+    when it knows no node's memory yet; and when the job is about to end.
+    """
+    return _PASSING.search(reason) is not None
 
 
 def program_status(flavor: Flavor, exit_code: int, output_tail: str) -> int:
@@ -84,8 +105,20 @@ def _says(output_tail: str, *patterns: str) -> bool:
 
 
 _HYDRA = (Flavor.MPICH, Flavor.INTEL)
-_STARTED_BY_SRUN = (Flavor.SRUN, *_HYDRA)
-_TURNED_AWAY = r"srun: error: Unable to (create step|confirm allocation) for job"
+_BY_SRUN = (Flavor.SRUN, *_HYDRA)
+_KILLED = 128 + signal.SIGKILL
+_REFUSED = re.compile(
+    r"srun: error: Unable to (?:create step|confirm allocation) for job [0-9]+: (.+)"
+)
+#: What srun says only of a step that was made. Before that it says much: of its options, of munge, of its retries.
+_OF_A_STEP = re.compile(r": tasks? [0-9]|StepId=|[Jj]ob step (aborted|[0-9])|job termination")
+#: From the texts of libslurm 22.05; of all others the same again may well be refused for ever.
+_PASSING = re.compile(
+    r"Unable to contact slurm controller|Socket timed out on send/recv|Zero Bytes were transmitted"
+    r"|standby mode|Communication (connection|shutdown) failure|Message (send|receive) failure"
+    r"|Protocol authentication error|Invalid authentication credential"
+    r"|Job/step already completing|Memory required by task is not available"
+)
 
 _MAX_SIGNAL = 64
 _HYDRA_SIGNAL = re.compile(r"EXIT STRING: .* \(signal ([0-9]+)\)")
@@ -137,8 +170,7 @@ _NOT_STARTED: Mapping[Flavor, tuple[str, ...]] = {
     Flavor.INTEL: _HYDRA_NOT_STARTED,
     Flavor.SRUN: (
         r"error: execve\(\):",
-        r"srun: error: Unable to create step for job",
-        r"srun: error: Unable to (allocate resources|confirm allocation)",
+        r"srun: error: Unable to allocate resources",
     ),
     Flavor.FLUX: (r"task [0-9]+( \(host \S+\))?: start failed:", r"job\.exception \S+ type=exec"),
 }

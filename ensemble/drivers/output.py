@@ -28,7 +28,8 @@ class Tail:
         self._fd, self._write_fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._fd, False)
         self._kept = bytearray()
-        self._has_more = False
+        #: Whether there was more than is kept.
+        self.has_more = False
         self._loop.add_reader(self._fd, self._read)
 
     def open(self) -> int:
@@ -44,7 +45,7 @@ class Tail:
             self._read()
         self._stop()
         data = bytes(self._kept)
-        if self._has_more:
+        if self.has_more:
             data = data.partition(b"\n")[2] or data
         return printable(data.decode(errors="replace"))
 
@@ -57,7 +58,7 @@ class Tail:
                     return
                 self._kept += data
                 if len(self._kept) > TAIL_BYTES:
-                    self._has_more = True
+                    self.has_more = True
                     del self._kept[:-TAIL_BYTES]
 
     def _stop(self) -> None:
@@ -68,24 +69,28 @@ class Tail:
 
 
 def tail(path: Path, lines: int, max_bytes: int = TAIL_BYTES) -> str:
-    """Return the last lines of an output file, safe to store and to show; "" when it cannot be read.
+    """Return the last lines of an output file, as `read_end` does."""
+    return last_lines(read_end(path, max_bytes)[0], lines)
 
-    Terminal sequences and control characters are left out, and bytes that are no UTF-8 are replaced. A program may
+
+def read_end(path: Path, max_bytes: int = TAIL_BYTES) -> tuple[str, bool]:
+    """Return the end of an output file, safe to store and to show, and whether that is all of it.
+
+    "" when it cannot be read. Terminal sequences and control characters are left out, and bytes that are no UTF-8 are replaced. A program may
     have put anything in the file's place: what is no regular file is not read, as that could take for ever.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return ""
+                return "", False
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - max_bytes))
             data = file.read(max_bytes)
     except OSError:
-        return ""
+        return "", False
     if size > max_bytes:
         data = data.partition(b"\n")[2] or data
-    text = printable(data.decode(errors="replace"))
-    return last_lines(text, lines)
+    return printable(data.decode(errors="replace")), size <= max_bytes
 
 
 def last_lines(text: str, lines: int) -> str:

@@ -64,7 +64,9 @@ from ensemble.errors import EnsembleError, LaunchError, WireError
 #: Reports that come closer together than this are one.
 _REPORT_S = 0.03
 #: Ends in one report: each may carry an output's end twice, of 48 kB where it is no text, and must fit a frame.
-_DONE_AT_ONCE = 128
+_ENDS_AT_ONCE = 128
+#: What is told of why a task could not start: a program's name may be as long as memory is.
+_REASON_CHARACTERS = 4096
 #: A beat is answered when so long nothing was, or sooner where the launcher has less patience.
 _PULSE_S = 5.0
 _CONNECT_S = 30.0
@@ -276,6 +278,7 @@ class Pilot(asyncio.Protocol):
 
     def _could_not_start(self, work: Work, reason: str) -> None:
         self._queue.book.release(work.id)
+        reason = reason[:_REASON_CHARACTERS]
         self._report.failed.append(Failed(work.id, work.attempt, _now(), reason))
         self._tell()
         self._loop.call_soon(self._fill)
@@ -387,18 +390,12 @@ class Pilot(asyncio.Protocol):
         ended = {done.id for done in report.done}
         # The end tells the start, too.
         ran = [each for each in report.ran if each.id not in ended]
-        self._send(
-            Report(
-                now=_now(),
-                ran=ran,
-                done=report.done[:_DONE_AT_ONCE],
-                failed=report.failed,
-                dropped=report.dropped,
-            )
-        )
-        for start in range(_DONE_AT_ONCE, len(report.done), _DONE_AT_ONCE):
-            done = report.done[start : start + _DONE_AT_ONCE]
-            self._send(Report(now=_now(), ran=[], done=done, failed=[], dropped=[]))
+        dropped = report.dropped
+        for start in range(0, max(len(report.done), len(report.failed), 1), _ENDS_AT_ONCE):
+            part = slice(start, start + _ENDS_AT_ONCE)
+            done, failed = report.done[part], report.failed[part]
+            self._send(Report(now=_now(), ran=ran, done=done, failed=failed, dropped=dropped))
+            ran, dropped = [], []
 
     # ------------------------------------------------------------------ leaving
 

@@ -30,6 +30,8 @@ from ensemble.errors import LaunchError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+#: How soon to look again at what has ended: while it is traced (gdb, strace), it can be reaped only by who does that.
+_TRACED_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +184,7 @@ class Process:
         if self.exit is None and self._exited is None:
             loop = asyncio.get_running_loop()
             self._exited = loop.create_future()
-            loop.add_reader(self.pidfd, self.collect)
+            loop.add_reader(self.pidfd, self._on_end)
         while self.exit is None and self._exited is not None:
             await asyncio.shield(self._exited)
         assert self.exit is not None
@@ -214,6 +216,13 @@ class Process:
                     cpu_s=cpu_s,
                 )
             )
+
+    def _on_end(self) -> None:
+        self.collect()
+        if self.exit is None:  # it is traced
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self.pidfd)
+            loop.call_later(_TRACED_S, self._on_end)
 
     def _close(self, result: Exit) -> None:
         self.exit = result
@@ -257,8 +266,14 @@ class Exits:
             found = self._reactions.pop(pidfd, None)  # an earlier reaction may have ended it
             if found is not None:
                 self._epoll.unregister(pidfd)
-                found[0].collect()
-                found[1]()
+                self._react(*found)
+
+    def _react(self, process: Process, react: Callable[[], None]) -> None:
+        process.collect()
+        if process.exit is None:  # it is traced
+            asyncio.get_running_loop().call_later(_TRACED_S, self._react, process, react)
+        else:
+            react()
 
 
 async def end_tree(process: Process, *, grace_s: float) -> int:

@@ -81,7 +81,8 @@ def start_here(
         try:
             return _start(argv, env, cwd, output, _spawn)
         finally:
-            os.sched_setaffinity(0, own)
+            with contextlib.suppress(OSError):  # they were taken away: no reason to lose what runs
+                os.sched_setaffinity(0, own)
 
 
 @functools.cache
@@ -133,15 +134,15 @@ def _start(
     try:
         pid = make(argv, env, cwd, output_fd)
     finally:
-        os.close(output_fd)
+        with contextlib.suppress(OSError):  # a network file system may be full: it runs
+            os.close(output_fd)
     try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
+        process = Process(pid, os.pidfd_open(pid), env.get(proctree.TOKEN_VARIABLE))
+        tasktree.roots.add(pid)
+    except BaseException:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise
-    process = Process(pid, pidfd, env.get(proctree.TOKEN_VARIABLE))
-    tasktree.roots.add(pid)
     return process
 
 

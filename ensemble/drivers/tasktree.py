@@ -79,8 +79,7 @@ class Tree:
         try:
             for stat in self._find():
                 if stat.is_zombie:
-                    self._has_missed = True
-                    self._reap(stat)
+                    self._has_missed = self._reap(stat) or self._has_missed
                 elif stat.pid not in self._held and (held := self._hold(stat)):
                     self._process.sessions.add(stat.sid)
                     found.append(held)
@@ -191,11 +190,12 @@ class Tree:
             self._untouchable.add((held.stat.pid, held.stat.start_ticks))
             self._release(held.stat.pid)
 
-    def _reap(self, stat: Stat) -> None:
+    def _reap(self, stat: Stat) -> bool:
+        """Reap what has ended, if that is for us to do; False while who traces it has not let go of it."""
         if stat.pid == self._process.pid:
             self._process.collect()
-        elif stat.ppid == os.getpid():
-            reap_adopted(stat.pid)
+            return self._process.exit is not None
+        return stat.ppid != os.getpid() or reap_adopted(stat.pid)
 
 
 @contextlib.contextmanager
@@ -234,17 +234,17 @@ def _list_strays() -> tuple[list[Stat], bool]:
         if stat is None or stat.ppid != me or stat.sid == session:
             continue
         if stat.is_zombie and stat.start_ticks < before:
-            reap_adopted(pid)
-            has_reaped = True
+            has_reaped = reap_adopted(pid) or has_reaped
         else:
             strays.append(stat)
     return strays, has_reaped
 
 
-def reap_adopted(pid: int) -> None:
-    """Reap one ended child that no other code waits for."""
+def reap_adopted(pid: int) -> bool:
+    """Reap one ended child that no other code waits for; False while who traces it has not let go of it."""
     with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
+    return True
 
 
 def open_pidfd(stat: Stat) -> int | None:

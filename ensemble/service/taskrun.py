@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
@@ -107,12 +108,21 @@ class _Attempt:
         return self.launcher is not None and self.ground.scheduler == "slurm"
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How one launch of a task ended."""
+
+    event: Ended
+    #: Why Slurm would not make its step, so that nothing of it ran.
+    refusal: str | None = None
+
+
 async def run_task(
     claim: Claim, placement: Placement, handle: Handle, ground: Ground, post: Post
 ) -> None:
     """Launch a task, wait for it, sweep what it left, and post what happened.
 
-    When Slurm would not make its step, it is launched again, later each time.
+    When Slurm cannot make its step for now, it is launched again, later each time.
     """
     who = {"id": claim.id, "attempt": claim.attempt}
     try:
@@ -129,10 +139,10 @@ async def run_task(
         post(CouldNotStart(**who, at=utc_now(), reason=str(error)))
         return
     post(Started(**who, at=utc_now(), is_certain=attempt.launcher is None))
-    ended = await _outlast(attempt, output)
-    gone = await _find_gone(attempt, ended)
+    end = await _outlast(attempt, output)
+    gone = await _find_gone(attempt, end)
     for delay_s in _AGAIN_S:
-        if gone or not _was_turned_away(attempt, ended):
+        if gone or end.refusal is None or not mpiwords.may_pass(end.refusal):
             break
         await unless_ending(handle, partial(asyncio.sleep, delay_s))
         if handle.is_ending():
@@ -142,11 +152,11 @@ async def run_task(
             output = await _start(attempt)
         except LaunchError:
             break  # what there is to tell, is told by the launch before
-        ended = await _outlast(attempt, output)
-        gone = await _find_gone(attempt, ended)
+        end = await _outlast(attempt, output)
+        gone = await _find_gone(attempt, end)
     if gone:  # first: what failed there was lost with them
         post(NodesGone(names=gone, reason="Slurm took it out of the job"))
-    post(ended)
+    post(end.event)
 
 
 async def _start(attempt: _Attempt) -> Path | Tail | None:
@@ -168,7 +178,7 @@ async def _start(attempt: _Attempt) -> Path | Tail | None:
     return output
 
 
-async def _outlast(attempt: _Attempt, output: Path | Tail | None) -> Ended:
+async def _outlast(attempt: _Attempt, output: Path | Tail | None) -> _End:
     """Wait until nothing of a task's process is left; return how it ended."""
     claim, handle, ground = attempt.claim, attempt.handle, attempt.ground
     running = handle.process
@@ -190,10 +200,14 @@ async def _outlast(attempt: _Attempt, output: Path | Tail | None) -> Ended:
         was_signalled=was_signalled,
         output=kept,
     )
-    if status == 0:
-        return ended
-    ended = replace(ended, error=await _last_lines(output, kept, ground))
-    return ended if attempt.launcher is None else await _explain(attempt, attempt.launcher, ended)
+    text, is_whole = (None, False) if status == 0 else await _read_end(output, kept, ground)
+    if text is not None:
+        ended = replace(ended, error=outputs.last_lines(text, ground.error_tail_lines))
+    launcher = attempt.launcher
+    if launcher is None or status == 0:
+        return _End(ended)
+    refusal = mpiwords.refusal(launcher.flavor, status, text) if text and is_whole else None
+    return _End(await _explain(attempt, launcher, ended, refusal), refusal)
 
 
 async def _wait(attempt: _Attempt, running: process.Process) -> process.Exit:
@@ -206,27 +220,30 @@ async def _wait(attempt: _Attempt, running: process.Process) -> process.Exit:
             async with asyncio.timeout(_LOOK_S):
                 return await running.wait()
         except TimeoutError:
-            was_childless, is_childless = is_childless, not proctree.children_reader()(running.pid)
+            was_childless, is_childless = is_childless, not _may_have_child(running)
             if was_childless and is_childless:
                 await process.end_tree(running, grace_s=0)
                 break
     return await running.wait()
 
 
-def _was_turned_away(attempt: _Attempt, ended: Ended) -> bool:
-    launcher = attempt.launcher
-    return launcher is not None and mpiwords.was_turned_away(
-        launcher.flavor, ended.status, ended.error or ""
-    )
+def _may_have_child(running: process.Process) -> bool:
+    """Tell whether a process has children; True when one cannot look."""
+    try:
+        return bool(proctree.children_reader()(running.pid))
+    except OSError:  # file descriptors ran out
+        return True
 
 
-async def _explain(attempt: _Attempt, launcher: mpi.MpiLauncher, ended: Ended) -> Ended:
+async def _explain(
+    attempt: _Attempt, launcher: mpi.MpiLauncher, ended: Ended, refusal: str | None
+) -> Ended:
     """Return what the exit status and the last words of an MPI launcher mean."""
     flavor, status, text = launcher.flavor, ended.status, ended.error or ""
     command, program = launcher.command[0], attempt.claim.argv[0]
     start_error = lost = None
-    if mpiwords.was_turned_away(flavor, status, text):
-        start_error = f"Slurm would not start {program}"
+    if refusal is not None:
+        start_error = f"Slurm would not start {program}: {refusal}"
     elif mpiwords.failed_to_start(flavor, status, text):
         start_error = f"{command} could not start {program}"
     elif mpiwords.lost_a_node(flavor, status, text) or (
@@ -263,10 +280,10 @@ async def _do_nodes_answer(attempt: _Attempt) -> bool:
     return answer is None or answer.code == 0
 
 
-async def _find_gone(attempt: _Attempt, ended: Ended) -> tuple[str, ...]:
+async def _find_gone(attempt: _Attempt, end: _End) -> tuple[str, ...]:
     """Return those of a task's nodes that its Slurm job has not any more, when its launch failed as if so."""
     job_id = attempt.ground.scheduler_job_id
-    may_be = ended.lost is not None or _was_turned_away(attempt, ended)
+    may_be = end.event.lost is not None or end.refusal is not None
     if not (may_be and attempt.is_in_slurm) or job_id is None or attempt.handle.is_ending():
         return ()
     try:
@@ -278,10 +295,11 @@ async def _find_gone(attempt: _Attempt, ended: Ended) -> tuple[str, ...]:
 
 
 async def _forget(output: Path | Tail | None, ground: Ground) -> None:
-    """Remove the output of a launch that was turned away: not one line of it is the task's."""
+    """Remove the output of a launch that was refused: it was read whole, and no line of it is the task's."""
     if isinstance(output, Path):
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(ground.readers, partial(output.unlink, missing_ok=True))
+        with contextlib.suppress(OSError):  # the next launch moves it aside
+            await loop.run_in_executor(ground.readers, output.unlink)
 
 
 async def _prepare(
@@ -376,15 +394,16 @@ def _close(output: Path | Tail | None) -> str | None:
     return output.close() if isinstance(output, Tail) else None
 
 
-async def _last_lines(output: Path | Tail | None, kept: str | None, ground: Ground) -> str | None:
-    """Return the last lines of what a failed task wrote; None when nothing of it is kept."""
-    lines = ground.error_tail_lines
-    if kept is not None:
-        return outputs.last_lines(kept, lines)
-    if not isinstance(output, Path):
-        return None
+async def _read_end(
+    output: Path | Tail | None, kept: str | None, ground: Ground
+) -> tuple[str | None, bool]:
+    """Return the end of what a failed task wrote, None when nothing of it is kept, and whether that is all."""
+    if isinstance(output, Tail):
+        return kept, not output.has_more
+    if output is None:
+        return None, False
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(ground.readers, outputs.tail, output, lines)
+    return await loop.run_in_executor(ground.readers, outputs.read_end, output)
 
 
 # ---------------------------------------------------------------------------- what is run

@@ -8,10 +8,11 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,6 +147,116 @@ async def test_the_loops_own_children_are_left_to_it(tmp_path: Path) -> None:
             await task.wait()
             assert await process.sweep(task, grace_s=0) == 0
     assert [run.result().code for run in runs] == list(range(5))
+
+
+#: Lets itself be traced by anybody, and exits with 0 when it is told to.
+TRACEABLE = """
+import ctypes, os, time
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER, for all
+open("ready", "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.005)
+"""
+#: Traces a process, and lets go of it, dead or alive, at the end of its input.
+TRACER = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+print(libc.ptrace(0x4206, int(sys.argv[1]), None, None), flush=True)  # PTRACE_SEIZE
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Trace a process for a while."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", TRACER, str(pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as tracer:
+        assert tracer.stdout is not None
+        if tracer.stdout.readline() != b"0\n":
+            tracer.communicate()
+            pytest.skip("NOT TESTED with a tracer: ptrace(2) is not allowed here")
+        yield
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes that it was tried to reap, in order."""
+    found: list[int] = []
+    wait4, waitid = os.wait4, os.waitid
+
+    def noted_wait4(pid: int, options: int) -> object:
+        found.append(pid)
+        return wait4(pid, options)
+
+    def noted_waitid(kind: int, pid: int, options: int) -> object:
+        found.append(pid)
+        return waitid(kind, pid, options)
+
+    monkeypatch.setattr(os, "wait4", noted_wait4)
+    monkeypatch.setattr(os, "waitid", noted_waitid)
+    return found
+
+
+@pytest.mark.parametrize("way", ["wait", "watch"])
+async def test_what_is_traced_when_it_exits_has_its_own_status_and_is_looked_at_in_peace(
+    tmp_path: Path, way: str, looks: list[int]
+) -> None:
+    task = python(tmp_path, TRACEABLE)
+    await eventually((tmp_path / "ready").exists)
+    told = asyncio.Event()
+    with traced(task.pid):
+        if way == "watch":
+            process.Exits().watch(task, told.set)
+        waiting = asyncio.create_task(task.wait() if way == "wait" else told.wait())
+        begun = time.monotonic()
+        (tmp_path / "go").touch()
+        await eventually(lambda: looks.count(task.pid) >= 5)
+        assert time.monotonic() - begun > 3 * process._TRACED_S
+        assert task.exit is None
+        assert not waiting.done()
+        # Nor does whoever ends its tree wait for it, or chase it.
+        before = len(looks)
+        assert await process.end_tree(task, grace_s=0) == 0
+        assert len(looks) - before < 10
+    await asyncio.wait_for(waiting, 10)
+    assert task.exit is not None
+    assert task.exit.code == 0
+
+
+async def test_a_traced_daemon_that_ends_holds_nobody_up(tmp_path: Path, looks: list[int]) -> None:
+    daemon = [sys.executable, "-I", "-S", "-c", DAEMON, "pid", "no"]
+    task = start(tmp_path, *daemon, sys.executable, "-I", "-S", "-c", TRACEABLE)
+    await task.wait()
+    await eventually((tmp_path / "ready").exists)
+    pid = read_pid(tmp_path / "pid")
+    with traced(pid):
+        (tmp_path / "go").touch()
+        await eventually(lambda: proctree.read_stat(pid).is_zombie)
+        assert not process.has_strays()
+        assert await process.sweep(task, grace_s=0) == 0
+        assert looks.count(pid) < 10
+    assert not process.has_strays()
+    assert is_gone(pid)
+
+
+async def test_what_runs_is_not_called_unstarted_when_its_output_cannot_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = spawn._fork
+
+    def fork_and_close(
+        argv: Sequence[str], env: Mapping[str, str], cwd: Path | str, output_fd: int
+    ) -> int:
+        pid = fork(argv, env, cwd, output_fd)
+        os.close(output_fd)  # a full network file system fails the next one in another way
+        return pid
+
+    monkeypatch.setattr(spawn, "_fork", fork_and_close)
+    assert (await shell(tmp_path, "exit 3").wait()).code == 3
 
 
 async def test_output_goes_to_the_file_and_earlier_output_is_kept(tmp_path: Path) -> None:

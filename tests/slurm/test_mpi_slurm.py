@@ -175,6 +175,37 @@ async def test_tasks_start_once_the_controller_is_back(
         assert "ran" in lines(ens.output(task))
 
 
+@pytest.mark.timeout(240)
+async def test_a_program_whose_own_steps_are_refused_runs_once(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    # Refused as while slurmctld is away, though it is not.
+    away = "sed s/^SlurmctldPort=.*/SlurmctldPort=1/ $SLURM_CONF > away.conf"
+    refused = f"{away}; SLURM_CONF=$PWD/away.conf srun true"
+    silent = told(f"echo x >> ../silent; {refused}", name="silent")
+    loud = told(f"echo worked; echo x >> ../loud; {refused}", name="loud")
+    await ens.store.add([silent, loud])
+    job = ens.batch("--idle-timeout=0", job_mode="mpi", settings=settings)
+    assert await job.end(within_s=120) == "COMPLETED 0:0", job.log
+    for task in await ens.tasks():
+        assert "srun: error: Unable to" in ens.output(task)
+        assert (task.cause, task.exit_code) == (Cause.EXIT_CODE, 1), ens.output(task)
+        assert (ens.workdir(task).parent / task.name).read_text() == "x\n"
+
+
+async def test_a_step_that_is_refused_for_good_is_an_error_at_once(
+    ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
+) -> None:
+    if "MPI_LAUNCHER" not in settings:
+        pytest.skip("flags of the task are Hydra's, not its srun's")
+    await ens.store.add([told("true", mpi_flags=["-n9999", "--ntasks-per-node=9999"])])
+    job = ens.batch("--idle-timeout=0", job_mode="mpi", settings=settings)
+    assert await job.end() == "COMPLETED 0:0", job.log
+    task = await ens.task(1)
+    assert task.cause is Cause.COULD_NOT_START
+    assert task.reason == "Slurm would not start sh: More processors requested than permitted"
+
+
 async def test_what_ends_well_before_a_drain_can_signal_it_is_done(
     ens: SlurmEnsemble, settings: dict[str, str], flags: list[str]
 ) -> None:

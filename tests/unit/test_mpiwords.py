@@ -106,6 +106,57 @@ def test_recognizes_the_loss_of_a_node(flavor, text):
     assert not mpiwords.lost_a_node(Flavor.PALS, 1, text)
 
 
+#: Slurm 22.05: while slurmctld is away; just after it was started; when it does not answer in time; for good.
+AWAY = """\
+srun: cluster configuration lacks support for cpu binding
+srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller (connect failure)
+srun: Check SLURM_JOB_ID environment variable. Expired or invalid job 7
+"""
+STARTING = """\
+srun: cluster configuration lacks support for cpu binding
+srun: error: Unable to create step for job 7: Memory required by task is not available
+"""
+TIMED_OUT = """\
+srun: Job 7 step creation temporarily disabled, retrying (Requested nodes are busy)
+srun: error: Unable to create step for job 7: Socket timed out on send/recv operation
+"""
+NEVER = (
+    "srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "passes"),
+    [
+        (AWAY, "Unable to contact slurm controller (connect failure)", True),
+        (STARTING, "Memory required by task is not available", True),
+        (TIMED_OUT, "Socket timed out on send/recv operation", True),
+        (NEVER, "Invalid generic resource (gres) specification", False),
+    ],
+)
+def test_recognizes_a_refused_step_and_whether_it_may_be_made_later(text, reason, passes):
+    assert mpiwords.refusal(Flavor.SRUN, 1, text) == reason
+    assert mpiwords.may_pass(reason) is passes
+    assert mpiwords.refusal(Flavor.SRUN, 0, text) is None
+    assert mpiwords.refusal(Flavor.PALS, 1, text) is None
+    assert not mpiwords.failed_to_start(Flavor.SRUN, 1, text)
+
+
+@pytest.mark.parametrize("text", [AWAY, TIMED_OUT, NEVER])
+def test_what_a_program_was_refused_is_no_refusal_of_its_own_step(text):
+    for before, after in [
+        ("worked\n", ""),
+        ("", "srun: error: n1: task 0: Exited with exit code 1\n"),
+        ("  srun: ", ""),
+        ("", "slurmstepd: error: *** STEP 7.1 ON n1 CANCELLED AT 2026-11-23T05:00:00 ***\n"),
+    ]:
+        assert mpiwords.refusal(Flavor.SRUN, 1, before + text + after) is None
+    # A silent program's exit looks like that; Hydra whose own srun was refused waits until it is killed.
+    assert mpiwords.refusal(Flavor.MPICH, 1, text) is None
+    assert mpiwords.refusal(Flavor.MPICH, 137, text) is not None
+    assert mpiwords.refusal(Flavor.MPICH, 137, "worked\n" + text) is None
+
+
 def test_hydra_may_have_lost_a_node_or_its_ranks_when_a_connection_closes():
     text = "[mpiexec@vm] control_cb (/mpich-5.0.2/src/pm/hydra/mpiexec/pmiserv_cb.c:280): assert (!closed) failed\n"
     assert mpiwords.may_have_lost_a_node(Flavor.MPICH, 255, text)
