@@ -50,6 +50,8 @@ from ensemble.site import TASK, USER, Site
 OutputName = Literal["file", "tail", "none"]
 #: How long a watcher believes in silence: a lost ring costs so much, no more.
 _LOOK_AGAIN_S = 2.0
+#: Who waits for a million tasks looks at so many at each ring: the launchers need the database, too.
+_AT_ONCE = 1000
 
 
 @asynccontextmanager
@@ -288,11 +290,18 @@ class Tasks:
         if await self._store.unfinished(wanted):
             async with asyncio.timeout(timeout_s), _bell(self._store) as rang:
                 while await self._store.unfinished(wanted):
-                    await _rung(rang)
+                    await self._walk(wanted, rang)
         states = await self._store.task_states(Selector(ids=tuple(wanted)))
         for missing in sorted(set(wanted) - states.keys()):
             raise NotFoundError(f"there is no task {missing} (ensemble ls)")
         return states
+
+    async def _walk(self, ids: Sequence[int], rang: asyncio.Event) -> None:
+        """Wait until each task was seen to have ended; a ring costs a look at a few of them."""
+        for start in range(0, len(ids), _AT_ONCE):
+            part = ids[start : start + _AT_ONCE]
+            while await self._store.unfinished(part):
+                await _rung(rang)
 
 
 class BatchJobs:

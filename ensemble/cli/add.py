@@ -190,15 +190,18 @@ def add(
     fields |= _words(fields, args, is_template=bool(source or fields.get("params")))
     records = _records(source, form, fields)
     name = None if source is None else _describe(source)
-    ids, most_gpus = session.run(lambda client: _add(client, records, name, key))
+
+    def show(ids: list[int]) -> None:
+        if as_json:
+            document.write(ids)
+        else:
+            click.echo("\n".join(text.list_ids(ids)))
+
+    most_gpus = session.run(lambda client: _add(client, records, name, key, show))
     found = [w for record in records for w in warnings(record.task)]
     found += [w for record in records if (w := _warn_of_gpus(record.task, most_gpus))]
     for warning in dict.fromkeys(found):
         click.echo(f"warning: {warning}", err=True)
-    if as_json:
-        document.write(ids)
-    else:
-        click.echo("\n".join(text.list_ids(ids)))
 
 
 def _words(fields: dict[str, Any], args: Sequence[str], *, is_template: bool) -> dict[str, Any]:
@@ -238,9 +241,15 @@ def _describe(source: BinaryIO) -> str:
 
 
 async def _add(
-    client: Client, records: Sequence[Record], source: str | None, key: str | None
-) -> tuple[list[int], int | None]:
-    """Return the ids, and the most GPUs that a node had lately, if that is known and matters."""
+    client: Client,
+    records: Sequence[Record],
+    source: str | None,
+    key: str | None,
+    show: Callable[[list[int]], None],
+) -> int | None:
+    """Show the ids; return the most GPUs that a node had lately, if that is known and matters."""
+    import asyncio
+
     try:
         ids = await client.tasks.add([record.task for record in records], key=key)
     except UsageError as error:
@@ -248,12 +257,20 @@ async def _add(
             raise
         reason = await _find_reason(client, records, error)
         raise UsageError(f"{source}{reason}; nothing was added") from error
+    except asyncio.CancelledError:
+        click.echo(
+            "warning: the tasks may have been added all the same (ensemble ls shows; "
+            "what has a --key can be repeated, and is added once)",
+            err=True,
+        )
+        raise
+    show(ids)  # before anything that may be interrupted: who does not see them, adds them again
     if not any(record.task.gpus_per_rank for record in records):
-        return ids, None
+        return None
     try:
-        return ids, await client.store.most_gpus()
+        return await client.store.most_gpus()
     except EnsembleError:  # they are added: no hint is worth calling that a failure
-        return ids, None
+        return None
 
 
 def _warn_of_gpus(new: NewTask, most_gpus: int | None) -> str | None:

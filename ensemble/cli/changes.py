@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ensemble.cli.options import as_json, assume_yes, examples, read_object, read_pairs
-from ensemble.cli.selection import Selection, chosen, confirm, read, resolve
+from ensemble.cli.selection import Selection, agree, chosen, read
 from ensemble.cli.session import Session
 from ensemble.core.model import Changes, Selector
 from ensemble.core.states import FINAL, RETRYABLE, State
-from ensemble.errors import IllegalMoveError
+from ensemble.errors import IllegalMoveError, NotFoundError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from ensemble.api import Client
     from ensemble.core.model import Task
 
 _LINES = 20
+_GONE = "is not there any more"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,9 +54,7 @@ def kill(
     """
 
     async def work(client: Client) -> Report:
-        states = await resolve(client, selection)
-        wanted = [task_id for task_id, state in states.items() if state not in FINAL]
-        confirm("kill", len(wanted), yes=yes)
+        states, wanted = await agree(client, selection, "kill", among=set(State) - FINAL, yes=yes)
         killed = await client.tasks.kill(wanted, reason=reason) if wanted else {}
         return Report(
             done={i: "its process is being ended" if held else "" for i, held in killed.items()},
@@ -79,14 +78,11 @@ def retry(session: Session, selection: Selection, yes: bool, as_json: bool) -> N
     """
 
     async def work(client: Client) -> Report:
-        states = await resolve(client, selection)
-        wanted = [task_id for task_id, state in states.items() if state in RETRYABLE]
-        confirm("retry", len(wanted), yes=yes)
+        states, wanted = await agree(client, selection, "retry", among=RETRYABLE, yes=yes)
         again = await client.tasks.retry(wanted) if wanted else []
-        return Report(
-            done={i: "" if i in states else "had failed because of a parent" for i in again},
-            left=await _why_left(client, states, again, _why_not_retried),
-        )
+        done = {i: "" if i in states else "had failed because of a parent" for i in again}
+        left = {i: _why_not_retried(state) for i, state in states.items() if i not in done}
+        return Report(done=done, left=left)
 
     _finish(session.run(work), "retried", as_json=as_json)
 
@@ -103,12 +99,11 @@ def remove(session: Session, selection: Selection, yes: bool, as_json: bool) -> 
     """
 
     async def work(client: Client) -> Report:
-        states = await resolve(client, selection)
-        confirm("remove", len(states), yes=yes)
-        gone = await client.tasks.remove(list(states))
+        _, wanted = await agree(client, selection, "remove", yes=yes)
+        gone = await client.tasks.remove(wanted) if wanted else []
         return Report(
             done=dict.fromkeys(gone, ""),
-            left=await _why_left(client, states, gone, _why_not_removed),
+            left=await _why_not_removed(client, sorted(set(wanted) - set(gone))),
         )
 
     _finish(session.run(work), "removed", as_json=as_json)
@@ -150,20 +145,27 @@ def modify(
     if changes == Changes():
         raise click.UsageError("say what to change, for example --priority 5")
     _check_storable(changes)
+    report = Report()
 
-    async def work(client: Client) -> Report:
-        states = await resolve(client, read(words))
-        confirm("modify", len(states), yes=yes)
-        report = Report()
-        for task_id in states:
+    async def work(client: Client) -> None:
+        _, wanted = await agree(client, read(words), "modify", yes=yes)
+        for task_id in wanted:
             try:
                 await client.tasks.modify(task_id, changes)
                 report.done[task_id] = ""
             except IllegalMoveError:
                 report.left[task_id] = "is held by a launcher"
-        return report
+            except NotFoundError:
+                report.left[task_id] = _GONE
 
-    _finish(session.run(work), "modified", as_json=as_json)
+    try:
+        session.run(work)
+    except BaseException:
+        # Each task is changed by itself: what was changed until then, stays so.
+        if report.done:
+            _show(report, "modified", as_json=as_json)
+        raise
+    _finish(report, "modified", as_json=as_json)
 
 
 def _check_storable(changes: Changes) -> None:
@@ -175,27 +177,26 @@ def _check_storable(changes: Changes) -> None:
     )
 
 
-async def _why_left(
-    client: Client,
-    states: Mapping[int, State],
-    done: Sequence[int],
-    why: Callable[[Task], str],
-) -> dict[int, str]:
-    """Say of each selected task that was not changed why it was not."""
-    left = tuple(sorted(states.keys() - set(done)))
-    if not left:
-        return {}
-    found = await client.tasks.find(Selector(ids=left), limit=len(left))
-    return {task.id: why(task) for task in found}
+def _why_not_retried(state: State) -> str:
+    if state not in RETRYABLE:
+        return f"is {state}; only FAILED and USER_KILLED tasks can be retried"
+    return "is still being ended (try again in a moment), or a parent of it has failed (retry that)"
 
 
-def _why_not_retried(task: Task) -> str:
-    if task.state not in RETRYABLE:
-        return f"is {task.state}; only FAILED and USER_KILLED tasks can be retried"
-    return "is still being ended; try again in a moment"
+async def _why_not_removed(client: Client, left: Sequence[int]) -> dict[int, str]:
+    """Say of tasks why they stay: of those that are shown by themselves, each as it is now."""
+    why = dict.fromkeys(left, "is held by a launcher, or waited for by other tasks")
+    shown = tuple(left[:_LINES])
+    if not shown:
+        return why
+    try:
+        found = await client.tasks.find(Selector(ids=shown), limit=_LINES)
+    except StoreUnavailableError:
+        return why  # the others are removed, and that must be told
+    return why | dict.fromkeys(shown, _GONE) | {task.id: _why_it_stays(task) for task in found}
 
 
-def _why_not_removed(task: Task) -> str:
+def _why_it_stays(task: Task) -> str:
     if task.is_held:
         return f"is held by a launcher (ensemble kill {task.id})"
     return "is waited for by other tasks"
@@ -203,6 +204,12 @@ def _why_not_removed(task: Task) -> str:
 
 def _finish(report: Report, verb: str, *, as_json: bool) -> None:
     """Print what was done and what was not; exit 1 when nothing was."""
+    _show(report, verb, as_json=as_json)
+    if not report.done:
+        click.get_current_context().exit(1)
+
+
+def _show(report: Report, verb: str, *, as_json: bool) -> None:
     from ensemble.render import document
     from ensemble.render.text import list_ids, plural
 
@@ -217,8 +224,6 @@ def _finish(report: Report, verb: str, *, as_json: bool) -> None:
             click.echo(f"{verb} {plural(len(report.done), 'task')}: {which}")
         _echo_notes({i: note for i, note in report.done.items() if note}, "task {}: {}", err=False)
         _echo_notes(report.left, f"not {verb}: task {{}} {{}}", err=True)
-    if not report.done:
-        click.get_current_context().exit(1)
 
 
 def _echo_notes(notes: Mapping[int, str], form: str, *, err: bool) -> None:

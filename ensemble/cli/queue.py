@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ensemble.cli.options import as_json, examples
 from ensemble.cli.session import Session, now
-from ensemble.errors import EnsembleError, UsageError
+from ensemble.errors import (
+    EnsembleError,
+    NotFoundError,
+    SchedulerError,
+    StoreUnavailableError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from ensemble.api import Client
     from ensemble.render.view import QueueView
+
+T = TypeVar("T")
 
 
 @click.group(
@@ -102,7 +110,7 @@ def pause(session: Session, names: tuple[str, ...], is_all: bool, reason: str) -
         await client.batch.pause(name, reason=reason)
         return f"{name}: paused (ensemble queue resume {name})"
 
-    _for_each(session, names, is_all, one)
+    _for_each_policy(session, names, is_all, one)
 
 
 @queue.command(epilog=examples("ensemble queue resume debug"))
@@ -116,10 +124,10 @@ def resume(session: Session, names: tuple[str, ...], is_all: bool) -> None:
         was_kept = await client.batch.resume(name)
         return f"{name}: " + ("resumed" if was_kept else "nothing had kept it from submitting")
 
-    _for_each(session, names, is_all, one)
+    _for_each_policy(session, names, is_all, one)
 
 
-def _for_each(
+def _for_each_policy(
     session: Session,
     names: tuple[str, ...],
     is_all: bool,
@@ -128,11 +136,17 @@ def _for_each(
     if is_all == bool(names):
         raise UsageError("name queue policies, or say --all (ensemble queue lists them)")
 
-    async def work(client: Client) -> list[str]:
-        chosen = list(client.site.settings.queue) if is_all else list(names)
-        return [await act(client, name) for name in chosen]
+    async def work(client: Client) -> int:
+        known = list(client.site.settings.queue)
+        for name in names:
+            if name not in known:
+                listed = f"known: {', '.join(known)}" if known else "ensemble.toml has none"
+                raise NotFoundError(
+                    f"there is no queue policy {name!r}; {listed}; nothing was changed"
+                )
+        return await _for_each(client, known if is_all else names, act)
 
-    _say(session.run(work))
+    click.get_current_context().exit(session.run(work))
 
 
 @queue.command(epilog=examples("ensemble queue cancel 12", "ensemble queue cancel --all"))
@@ -145,24 +159,46 @@ def cancel(session: Session, ids: tuple[int, ...], is_all: bool, reason: str) ->
     if is_all == bool(ids):
         raise UsageError("give the ids of batch jobs, or --all (ensemble queue lists them)")
 
-    async def work(client: Client) -> list[str]:
-        chosen = sorted(job.id for job in await client.batch.active()) if is_all else list(ids)
-        return [await _cancel(client, job_id, reason) for job_id in chosen]
+    async def one(client: Client, job_id: int) -> str:
+        return await _cancel(client, job_id, reason and f"cancelled by the user: {reason}")
 
-    _say(session.run(work))
+    async def work(client: Client) -> int:
+        chosen = sorted(job.id for job in await client.batch.active()) if is_all else ids
+        return await _for_each(client, chosen, one)
+
+    click.get_current_context().exit(session.run(work))
 
 
-def _say(lines: list[str]) -> None:
+async def _for_each(
+    client: Client, chosen: Iterable[T], act: Callable[[Client, T], Awaitable[str]]
+) -> int:
+    """Say what became of each as soon as it is done; return the exit status of the first that failed.
+
+    Raises:
+        StoreUnavailableError: Every other would fail for that, too.
+    """
     from ensemble.render.text import clean
 
-    for line in lines:
-        click.echo(clean(line))
+    status = 0
+    for each in chosen:
+        try:
+            line = await act(client, each)
+        except StoreUnavailableError:
+            raise
+        except EnsembleError as error:
+            status = status or error.exit_code
+            click.echo(clean(f"error: {error}"), err=True)
+        else:
+            click.echo(clean(line))
+    return status
 
 
 async def _cancel(client: Client, job_id: int, reason: str) -> str:
-    was_there = await client.batch.cancel(
-        job_id, reason=reason and f"cancelled by the user: {reason}"
-    )
+    try:
+        was_there = await client.batch.cancel(job_id, reason=reason)
+    except SchedulerError as error:
+        what = f"batch job {job_id}: {error}"
+        raise SchedulerError(what, trouble=error.trouble, output=error.output) from error
     job = await client.batch.get(job_id)
     if was_there:
         return f"batch job {job_id}: cancelled ({job.scheduler} job {job.scheduler_id or 'not known yet'})"

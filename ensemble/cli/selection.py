@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -142,15 +142,54 @@ async def resolve(client: Client, selection: Selection) -> dict[int, State]:
     return states
 
 
-def confirm(verb: str, count: int, *, yes: bool) -> None:
-    """Ask before *count* tasks are touched, when they are many.
+async def agree(
+    client: Client,
+    selection: Selection,
+    verb: str,
+    *,
+    among: Collection[State] = tuple(State),
+    yes: bool,
+) -> tuple[dict[int, State], list[int]]:
+    """Return the selected tasks with their states, and which of them to touch, the user agreeing.
+
+    An answer may take hours: what is not selected any more by then is left alone, and so is what the
+    question was not about.
+
+    Args:
+        client: Of the site.
+        selection: Which tasks the command line names.
+        verb: What would be done to them.
+        among: The states in which that can be done.
+        yes: Do not ask.
+
+    Raises:
+        NotFoundError: A task that was named does not exist, or nothing is selected.
+        UsageError: Nobody is there to answer.
+        Declined: The answer was no.
+    """
+    from ensemble.render.text import plural
+
+    states = await resolve(client, selection)
+    wanted = [task_id for task_id, state in states.items() if state in among]
+    if not confirm(verb, len(wanted), yes=yes):
+        return states, wanted
+    found = await client.tasks.states(selection.selector)
+    if gone := states.keys() - found.keys():
+        click.echo(f"no longer selected, and left alone: {plural(len(gone), 'task')}", err=True)
+    # Of what was not asked about, the state that it was judged by is told.
+    states = {i: found[i] if was in among else was for i, was in states.items() if i in found}
+    return states, [task_id for task_id, state in states.items() if state in among]
+
+
+def confirm(verb: str, count: int, *, yes: bool) -> bool:
+    """Ask before *count* tasks are touched, when they are many; tell whether that was asked.
 
     Raises:
         UsageError: Nobody is there to answer.
         Declined: The answer was no.
     """
     if yes or count <= ASK_ABOVE:
-        return
+        return False
     if not sys.stdin.isatty():
         raise UsageError(f"this would {verb} {count} tasks: repeat it with --yes")
     # In a running event loop, ^C would only ask the loop to end, and wait for the answer first.
@@ -160,6 +199,7 @@ def confirm(verb: str, count: int, *, yes: bool) -> None:
             raise Declined("nothing was changed")
     finally:
         signal.signal(signal.SIGINT, before)
+    return True
 
 
 class Declined(click.ClickException):

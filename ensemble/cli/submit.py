@@ -187,6 +187,8 @@ def _check_flags(flags: Sequence[str]) -> None:
 async def _submit(
     client: Client, chosen: dict[str, Any], flags: tuple[str, ...]
 ) -> tuple[BatchJob | None, str, str, list[str]]:
+    import asyncio
+
     from ensemble.core.model import JobMode
 
     batch = client.batch
@@ -203,5 +205,10 @@ async def _submit(
     warnings = await batch.doubts(new)
     if chosen["dry_run"]:
         return None, batch.render(new, template=chosen["template"]), new.scheduler, warnings
-    job = await batch.submit(new, template=chosen["template"])
+    try:
+        job = await batch.submit(new, template=chosen["template"])
+    except asyncio.CancelledError as cancelled:
+        for doubt in cancelled.args:
+            click.echo(f"warning: {doubt}", err=True)
+        raise
     return job, "", new.scheduler, warnings

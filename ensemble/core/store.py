@@ -209,9 +209,11 @@ class Store:
         return [_task(row) for row in rows]
 
     async def task_states(self, selector: Selector) -> dict[int, State]:
-        """Return id and state of every selected task."""
+        """Return id and state of every selected task, however long it takes: they may be very many."""
         async with wrapped():
-            rows = await self.pool.fetch(queries()["select_task_ids"], *_criteria(selector))
+            rows = await fetch_patiently(
+                self.pool, queries()["select_task_ids"], *_criteria(selector), timeout_s=_LONG_S
+            )
         return {row["id"]: State(row["state"]) for row in rows}
 
     async def detail(self, task_id: int) -> TaskDetail:

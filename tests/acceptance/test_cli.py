@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from ensemble.core.database import connect
+from ensemble.site import OWNER, Site
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = [
@@ -319,6 +324,39 @@ def test_every_field_can_be_given(ens):
 def test_a_key_adds_once(ens):
     first = ens("add", "--key", "once", "--", "true")
     assert ens("add", "--key", "once", "--", "true") == first
+
+
+@pytest.mark.parametrize(
+    ("table", "is_told", "says"),
+    [
+        ("task_spec", False, "warning: the tasks may have been added all the same (ensemble ls "),
+        ("launcher", True, "interrupted\n"),  # asked for its GPUs, when all is added
+    ],
+)
+async def test_an_interrupted_add_shows_the_ids_or_says_that_it_may_have_worked(
+    ens, eventually, table, is_told, says
+):
+    before = ens.total()
+    owner = await connect(Site.find(str(ens.site)).address(OWNER), name="test owner")
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    async with owner.transaction():
+        await owner.execute(f"LOCK TABLE {table}")
+        adding = subprocess.Popen(
+            [sys.executable, "-m", "ensemble", "add", "--gpus-per-rank", "1", "--", "true"],
+            cwd=ens.site,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        await eventually(lambda: owner.fetchval(waiting))
+        adding.send_signal(signal.SIGINT)
+        out, err = await asyncio.to_thread(adding.communicate)
+    owner.terminate()
+    assert adding.returncode == 130
+    assert bool(out.split()) == is_told
+    assert err.decode().startswith(says)
+    assert err.endswith(b"interrupted\n")
+    assert ens.total() == before + is_told
 
 
 @pytest.mark.parametrize(

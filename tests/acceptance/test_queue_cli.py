@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.test_cli import ROOT, Command, init, run
+from tests.acceptance.test_cli import ROOT, Command, Done, init, run
 
 HEAD = "[launcher]\nidle_timeout_s = 0\nmin_useful_s = 0\nmargin_s = 1\n[service]\nperiod_s = 0.3\nretry_s = 0.2\n"
 
@@ -335,6 +335,49 @@ def test_cancel(ens):
     assert "has ended already (CANCELLED)" in ens("queue", "cancel", str(running))
     ens.fails(3, "there is no batch job 99999", "queue", "cancel", "99999")
     ens.fails(2, "--all", "queue", "cancel")
+
+
+def test_a_name_that_is_not_there_changes_none(ens):
+    write(ens, "[queue.debug]\n")
+    ens.fails(3, "'nope'; known: debug; nothing was changed", "queue", "pause", "debug", "nope")
+    assert "nothing had kept it" in ens("queue", "resume", "debug")
+
+
+def test_one_that_cannot_be_cancelled_keeps_no_other_from_it(ens):
+    job_id = submit(ens)
+    done = ens.full("queue", "cancel", "99999", str(job_id))
+    assert (done.status, done.err.count("\n")) == (3, 1), done
+    assert done.err.startswith("error: there is no batch job 99999")
+    assert done.out.startswith(f"batch job {job_id}: ")
+
+
+def test_what_was_cancelled_before_the_database_was_lost_is_said(ens, tmp_path):
+    stop = f"{sys.executable} -m ensemble --site '{ens.site}' db stop"
+    header = "JOBID|STATE|REASON|START_TIME|END_TIME|NODES|PARTITION|NAME"
+    for name, text in (
+        ("sbatch", f"echo x >> {tmp_path}/jobs; wc -l < {tmp_path}/jobs"),
+        ("squeue", f"echo '{header}'"),
+        (
+            "scancel",
+            f"echo $2 >> {tmp_path}/asked; [ $2 != 2 ] || ! mkdir {tmp_path}/once || {stop} >&2",
+        ),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"ENSEMBLE_SCHEDULER_KIND": "slurm", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    def slurm(*words: str) -> Done:
+        return run(*words, cwd=ens.site, **environ)
+
+    jobs = [slurm("submit-launch", "-n1", "-t5", "--json").json["id"] for _ in range(3)]
+    done = slurm("queue", "cancel", *map(str, jobs))
+    ens("db", "start")
+    assert (done.status, done.out) == (4, f"batch job {jobs[0]}: cancelled (slurm job 1)\n"), done
+    assert (done.err.startswith("error: "), done.err.count("\n")) == (True, 1), done
+    assert (tmp_path / "asked").read_text() == "1\n2\n"
+    assert slurm("queue", "cancel", "--all").status == 0
+    environ["ENSEMBLE_SCHEDULER_TIMEOUT_S"] = "0.5"
+    until(lambda: slurm("queue").status == 0 and active(ens) == [])
 
 
 def test_the_last_words_of_a_job_that_died_are_shown_as_text(ens):

@@ -141,6 +141,27 @@ async def test_a_wait_without_time_looks_once(site, desk):
         await tasks.wait([task, other], timeout_s=0)
 
 
+async def test_a_ring_costs_who_waits_for_many_a_look_at_a_few(site, desk, eventually, monkeypatch):
+    ids = await desk.add(2500)
+    looks = []
+    unfinished = desk.store.unfinished
+
+    async def seen(asked):
+        looks.append(len(asked))
+        return await unfinished(asked)
+
+    monkeypatch.setattr(desk.store, "unfinished", seen)
+    waiting = asyncio.create_task(Client(site, desk.store).tasks.wait(ids))
+    await eventually(lambda: len(looks) > 2)
+    begun = len(looks)
+    await desk.store.ring()
+    await eventually(lambda: len(looks) > begun)
+    assert set(looks[2:]) == {1000}
+    await desk.store.kill(ids)
+    assert set((await waiting).values()) == {"USER_KILLED"}
+    assert looks.count(2500) == 3  # the one without time, the first and the last
+
+
 async def test_a_wait_that_loses_the_store_says_so_plainly(site, desk, eventually):
     task = await desk.add_one()
     store = await Store.open(site.address())

@@ -68,8 +68,8 @@ def test_wrong_filters_are_usage_errors(words):
 
 
 def test_few_are_not_asked_about():
-    confirm("kill", 10, yes=False)
-    confirm("kill", 11, yes=True)
+    assert not confirm("kill", 10, yes=False)
+    assert not confirm("kill", 11, yes=True)
 
 
 def test_nobody_to_ask_is_an_error_that_names_the_option(monkeypatch):
