@@ -6,6 +6,8 @@ nobody knows whether the scheduler took it, it is looked up by that name (servic
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import shlex
@@ -26,6 +28,8 @@ from ensemble.site import Site, program
 
 #: Stands for the id of a script that is only shown.
 _NO_ID = 0
+#: How long a submission that is cut off may take to put that on record, in seconds.
+_LAST_WORD_S = 2.0
 
 
 def find_scheduler(site: Site, environ: Mapping[str, str]) -> str:
@@ -179,7 +183,8 @@ class Submitter:
         Raises:
             TemplateError, UsageError: The script cannot be made; nothing is on record.
             SchedulerError: It was refused, or (`Trouble.UNSURE`) nobody knows; that is on record.
-            EnsembleError: The script cannot be written; that is on record.
+            EnsembleError: The template cannot be read now; or the script not be written, which is on record.
+            CancelledError: Its text, once there is a row, says that nobody knows; that is on record.
         """
         self.render(
             new, template_name=template_name
@@ -203,18 +208,31 @@ class Submitter:
             raise
         try:
             scheduler_id = await self._system.submit(request)
+            await self._jobs.set_submitted(job.id, scheduler_id)
+            return await self._jobs.get(job.id)
         except SchedulerError as error:
             if error.trouble is not Trouble.UNSURE:
                 await self._jobs.set_rejected(job.id, str(error))
                 raise
             await self._jobs.set_doubtful(job.id, str(error))
             raise SchedulerError(
-                f"{error}; batch job {job.id} may be there all the same: ensemble queue finds out, by its name",
-                trouble=error.trouble,
-                output=error.output,
+                f"{error}; {_doubt(job.id)}", trouble=error.trouble, output=error.output
             ) from error
-        await self._jobs.set_submitted(job.id, scheduler_id)
-        return await self._jobs.get(job.id)
+        except asyncio.CancelledError as error:
+            # The command was killed; the scheduler may have heard it all the same.
+            await self._note_interruption(job.id)
+            raise asyncio.CancelledError(_doubt(job.id)) from error
+
+    async def _note_interruption(self, job_id: int) -> None:
+        """Put on record that nobody knows, unless that takes long: whoever cancelled this wants to leave."""
+
+        async def note() -> None:
+            with contextlib.suppress(EnsembleError):
+                await self._jobs.set_doubtful(job_id, "its submission was interrupted")
+
+        # No time-out around it: a cancelled call of the store may wait for a server that hangs.
+        noting = asyncio.get_running_loop().create_task(note())
+        await asyncio.wait({noting}, timeout=_LAST_WORD_S)
 
     def _write_script(self, job: BatchJob, new: NewBatchJob, template_name: str) -> Request:
         folder = self._site.path / "qsubmit"
@@ -229,6 +247,10 @@ class Submitter:
             output=folder / f"qlaunch{job.id}.out",
             flags=new.flags,
         )
+
+
+def _doubt(job_id: int) -> str:
+    return f"batch job {job_id} may be there all the same: ensemble queue finds out, by its name"
 
 
 def slug(name: str) -> str:

@@ -7,10 +7,11 @@ Every printed value is quoted for the shell.
 from __future__ import annotations
 
 import difflib
+import errno
 import math
-import os
 import re
 import shlex
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,7 +21,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
-from ensemble.errors import TemplateError
+from ensemble.errors import EnsembleError, TemplateError
 
 #: Limits that no job template comes near.
 _MOST_BYTES = 256 * 1024
@@ -128,7 +129,7 @@ class _Loader(jinja2.BaseLoader):
     def get_source(self, environment: jinja2.Environment, template: str) -> tuple[str, str, None]:
         """Return a file's text and its path."""
         path = self._folder / template
-        if Path(template).name != template or not os.path.lexists(path):
+        if Path(template).name != template or not mode_of(path):
             raise jinja2.TemplateNotFound(template, f"there is no {template!r} in {self._folder}")
         self._loads += 1
         if self._loads > _MOST_INCLUDES:
@@ -192,14 +193,38 @@ def _find_quoted_values(environment: jinja2.Environment, text: str) -> Iterator[
             line += "x"
 
 
+def mode_of(path: Path) -> int:
+    """Return the mode of a file, 0 where there is none.
+
+    Raises:
+        EnsembleError: The file system does not say: that is no sign that there is none.
+    """
+    try:
+        return path.stat().st_mode
+    except ValueError:  # a null byte
+        return 0
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return 0
+        raise _unreadable(path, error) from error
+
+
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
+
+
+def _unreadable(path: Path, error: OSError) -> EnsembleError:
+    # No fault of the template's: later it may be read.
+    return EnsembleError(f"cannot read {path}: {error.strerror or error}")
+
+
 def _read(path: Path) -> str:
-    if not os.path.isfile(path):
+    if not stat.S_ISREG(mode_of(path)):
         raise TemplateError(f"{path} is not a file")
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise TemplateError(f"cannot read {path}: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     if len(data) > _MOST_BYTES:
         raise TemplateError(f"{path} is larger than {_MOST_BYTES // 1024} KB: no job template is")
     try:

@@ -62,9 +62,10 @@ REASONS = {
     "TERM_DEADLINE": JobState.TIMEOUT,
     "TERM_WINDOW": JobState.TIMEOUT,
     "TERM_OWNER": JobState.CANCELLED,
-    "TERM_FORCE_OWNER": JobState.CANCELLED,
     "TERM_ADMIN": JobState.CANCELLED,
-    "TERM_FORCE_ADMIN": JobState.CANCELLED,
+    # `bkill -r` takes the job off the list without waiting for its end: its processes may live.
+    "TERM_FORCE_OWNER": JobState.LOST,
+    "TERM_FORCE_ADMIN": JobState.LOST,
     "TERM_PREEMPT": JobState.CANCELLED,
 }
 

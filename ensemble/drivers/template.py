@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from types import TracebackType
 
 import jinja2
 
-from ensemble.drivers.jinja import Environment, Raw as Raw, quote
-from ensemble.errors import TemplateError, UsageError
+from ensemble.drivers.jinja import Environment, Raw as Raw, mode_of, quote
+from ensemble.errors import EnsembleError, TemplateError, UsageError
 
 #: What a template gets.
 VARIABLES: Mapping[str, str] = {
@@ -55,12 +56,13 @@ def render(path: Path, values: Mapping[str, object]) -> str:
     Raises:
         UsageError: A value does not fit into a line of a script; names it.
         TemplateError: The template is missing or wrong; names the file and the line.
+        EnsembleError: It cannot be read now.
     """
     given = {name: _check_value(name, value) for name, value in values.items()}
     environment = Environment(path.parent, known=given)
     try:
         script = environment.get_template(path.name).render(given)
-    except TemplateError:
+    except EnsembleError:
         raise
     except Exception as error:  # whatever Jinja and Python find in a file
         raise TemplateError(_explain(error, path)) from error
@@ -77,19 +79,18 @@ def find(name: str, site: Path) -> Path:
 
     Raises:
         TemplateError: There is none; lists those there are.
+        EnsembleError: Whether the site has one, cannot be told now.
     """
     folder = site / "templates"
     if name in {"", ".", ".."} or Path(name).name != name:
         raise TemplateError(f"template {name!r}: expected the name of a file in {folder}")
-    known = builtin()
-    if os.path.isfile(folder / name):
-        return folder / name
-    if name.removesuffix(".sh") in known and name.endswith(".sh"):
-        return known[name.removesuffix(".sh")]
+    for place in (folder, FOLDER) if name.endswith(".sh") else (folder,):
+        if stat.S_ISREG(mode_of(place / name)):
+            return place / name
     there = ", ".join(_list_files(folder)) or "none"
     raise TemplateError(
         f"there is no template {name!r} in {folder} (there are: {there}; and those that come along: "
-        f"{', '.join(f'{other}.sh' for other in known)})"
+        f"{', '.join(f'{other}.sh' for other in builtin())})"
     )
 
 

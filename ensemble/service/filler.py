@@ -182,7 +182,7 @@ class Filler:
             return False
         except StoreUnavailableError:
             raise
-        except EnsembleError as error:  # the script cannot be written
+        except EnsembleError as error:  # the template cannot be read, or the script not be written
             await self._retry(policy.name, "script", str(error), self._settings.service.retry_s)
             return False
         if job is None:

@@ -34,6 +34,8 @@ _BEAT_S = 5.0
 #: Rounds that a ring asks for come no closer together than this part of a period.
 _RING_PART = 12
 
+#: What a process meets that has used up its file descriptors or threads (`ulimit -n`, `ulimit -u`).
+_WANT = (OSError, RuntimeError)
 #: What changes whenever a file does; None of one that cannot be looked at.
 _Stamp = tuple[int, int, int] | None
 
@@ -210,20 +212,18 @@ class Service:
         except StoreUnavailableError as error:
             self._log.warning("store.lost", error=str(error))
             self._is_in_doubt.set()  # the lock may be lost, too
-        except (
-            EnsembleError,
-            OSError,
-        ) as error:  # what nobody has thought of must not end the service
+        except (EnsembleError, *_WANT) as error:
+            # What nobody has thought of must not end the service.
             self._log.error("round.failed", error=str(error))
 
     async def _read_settings(self) -> None:
         """Take over what was changed in ensemble.toml, but for [store]; what is wrong there is told once."""
         path = self._site.path
-        stamp = await asyncio.to_thread(_stamp, path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         try:
+            stamp = await asyncio.to_thread(_stamp, path)
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
             read = await asyncio.to_thread(config.load, path)
             settings = msgspec.structs.replace(read, store=self._site.settings.store)
             if settings == self._site.settings:
@@ -234,6 +234,10 @@ class Service:
             self._log.error(
                 "settings.refused", error=str(error), hint="what was read before stays in force"
             )
+            return
+        except _WANT as error:
+            self._stamp = None  # it was not read: again in the next round
+            self._log.warning("settings.not_read", error=str(error))
             return
         self._site = site
         self._log.info("settings.read", queues=list(settings.queue))
@@ -276,7 +280,7 @@ class Service:
         while True:
             try:
                 await runtime.detached(reap(self._store, spool.folder(self._site.path)))
-            except (StoreUnavailableError, OSError, RuntimeError) as error:
+            except (StoreUnavailableError, *_WANT) as error:
                 self._log.warning("reap.failed", error=str(error))
             period_s = min(_REAP_S, self._site.settings.service.period_s)
             await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter

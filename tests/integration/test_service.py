@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -19,6 +21,7 @@ from ensemble.drivers import proctree
 from ensemble.drivers.pg.layout import Layout
 from ensemble.errors import TakenError
 from ensemble.service.filler import Decider
+from ensemble.service.serve import Service
 from tests.integration.launching import WHEEL, sh
 from tests.integration.serving import DYING, Serving, json_lines
 
@@ -269,7 +272,8 @@ async def test_a_second_signal_does_not_wait_for_the_scheduler(serving: Serving)
     await serving.says(served, "service.stopping")
     served.process.send_signal(signal.SIGINT)
     assert await serving.leave(served, within_s=30) == 0  # sbatch takes a minute
-    await serving.reach("NEW")
+    (job,) = await serving.reach("NEW")
+    assert job.reason == "its submission was interrupted"
 
 
 # ---------------------------------------------------------------------------- killed in the middle
@@ -527,6 +531,21 @@ async def test_a_template_with_a_fault_pauses_its_queue_with_file_and_line(servi
     await serving.stop(served)
 
 
+async def test_a_template_that_cannot_be_read_is_tried_again_later(serving: Serving):
+    serving.write(ONE)
+    text = serving.template.read_bytes()
+    serving.template.unlink()
+    serving.template.symlink_to(serving.template)  # ELOOP stands for a file system in trouble
+    await add(serving)
+    served = await serving.started()
+    await serving.says(served, "failures=2")
+    assert f"cannot read {serving.template}" in served.log
+    serving.template.unlink()
+    serving.template.write_bytes(text)
+    await serving.reach("QUEUED")
+    await serving.stop(served)
+
+
 async def test_a_script_that_cannot_be_written_is_tried_again_later(serving: Serving):
     serving.write(ONE)
     (serving.path / "qsubmit" / "qlaunch1.sh").mkdir()
@@ -535,6 +554,38 @@ async def test_a_script_that_cannot_be_written_is_tried_again_later(serving: Ser
     await serving.reach("REJECTED", "QUEUED")
     assert "cannot write the script of batch job 1" in served.log
     await serving.stop(served)
+
+
+async def test_no_threads_to_be_had_do_not_end_it(serving: Serving, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        if not thread.name.startswith("worker"):
+            return start(thread)  # of asyncio, for each process: a service has uvloop
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    start = threading.Thread.start
+    refused: list[threading.Thread] = []
+    monkeypatch.setenv("PATH", serving.fake.path)
+    serving.write(ONE)
+    await add(serving)
+    lock = await ServiceLock.acquire(serving.site.address(), host="test", pid=1, period_s=1)
+    service = Service(site=serving.site, store=serving.store, lock=lock)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4, "worker"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        filling = asyncio.create_task(service._fill())
+        await serving.reach("QUEUED")
+        serving.fake.move("FAILED")  # the end of its output is read in a thread
+        await serving.reach("FAILED", "QUEUED")
+        enough = len(refused) + 2
+        await serving.eventually(lambda: len(refused) > enough or filling.done())
+    serving.write("[queue.debug]\nmax_queued = 2\n")
+    await serving.eventually(
+        lambda: service._site.settings.queue["debug"].max_queued == 2 or filling.done()
+    )
+    service._leave()
+    await filling
+    await lock.release()
 
 
 # ---------------------------------------------------------------------------- the database

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import resource
+import signal
 import stat
+import subprocess
 
 import pytest
 
@@ -149,6 +151,37 @@ async def test_a_doubtful_one_is_given_up_only_after_so_many_looks_and_so_long(s
     (job,) = await serving.reach("LOST")
     assert "never seen" in job.reason
     assert "Socket timed out" in job.reason
+
+
+async def test_an_interrupted_submission_says_which_batch_job_may_be_there(serving: Serving):
+    serving.write(timeout_s=50)
+    serving.fake.be(sbatch="hang")
+    submitting = subprocess.Popen(
+        serving.argv("submit-launch", "-n1", "-t5"), env=serving.environ, stderr=subprocess.PIPE
+    )
+    await serving.eventually(lambda: serving.fake.count("accepted") == 1)
+    submitting.send_signal(signal.SIGINT)
+    _, said = await asyncio.to_thread(submitting.communicate)
+    doubt = "warning: batch job 1 may be there all the same: ensemble queue finds out, by its name"
+    assert (submitting.returncode, said.decode()) == (130, f"{doubt}\ninterrupted\n")
+    (job,) = await serving.reach("NEW")
+    assert job.reason == "its submission was interrupted"
+    await serving.lookout().look()
+    await serving.reach("QUEUED")
+
+
+async def test_an_interruption_does_not_wait_for_a_database_that_hangs(serving: Serving, owner):
+    serving.write(timeout_s=50)
+    serving.fake.be(sbatch="hang")
+    submitting = asyncio.create_task(serving.submit())
+    await serving.eventually(lambda: serving.fake.count("accepted") == 1)
+    async with owner.transaction():
+        await owner.execute("LOCK TABLE batch_job")
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError, match="batch job 1 may be there"):
+            async with asyncio.timeout(8):  # of the ten seconds that a lock is waited for
+                await submitting
+    await serving.reach("NEW")
 
 
 @pytest.mark.parametrize("mode", ["down", "nothing", "garbage", "half", "hang"])

@@ -290,6 +290,8 @@ def test_cobalt_tells_the_end_of_a_running_job() -> None:
         ({"STAT": "EXIT", "EXIT_CODE": "140", "EXIT_REASON": "TERM_RUNLIMIT: job killed after reaching LSF run time limit"}, "TIMEOUT", 140),
         ({"STAT": "EXIT", "EXIT_CODE": "139", "EXIT_REASON": "TERM_MEMLIMIT: job killed after reaching LSF memory usage limit"}, "FAILED", 139),
         ({"STAT": "EXIT", "EXIT_CODE": "", "EXIT_REASON": "-", "KILL_REASON": "TERM_ADMIN: job killed by root"}, "CANCELLED", None),
+        ({"STAT": "EXIT", "EXIT_CODE": "130", "EXIT_REASON": "TERM_FORCE_OWNER: job killed by owner without time for cleanup"}, "LOST", 130),
+        ({"STAT": "EXIT", "EXIT_CODE": "", "KILL_REASON": "TERM_FORCE_ADMIN: job killed by root or LSF administrator without time for cleanup"}, "LOST", None),
         ({"STAT": "ZOMBI"}, "LOST", None),
         ({"STAT": "UNKWN"}, "RUNNING", None),
         ({"STAT": "SSUSP"}, "RUNNING", None),

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from ensemble.drivers import template
 from ensemble.drivers.jinja import hm, hms
 from ensemble.drivers.template import Raw, choose, find, install, render
-from ensemble.errors import TemplateError, UsageError
+from ensemble.errors import EnsembleError, TemplateError, UsageError
 
 VALUES = {
     "id": 7,
@@ -330,6 +330,17 @@ def test_a_template_that_comes_along_need_not_be_copied(tmp_path):
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates" / "polaris.sh").touch()
     assert find("polaris.sh", tmp_path) == tmp_path / "templates" / "polaris.sh"
+
+
+@pytest.mark.parametrize("name", ["job.sh", "polaris.sh"])
+def test_a_template_that_cannot_be_read_is_not_a_missing_one(tmp_path, name):
+    (tmp_path / "templates").mkdir()
+    path = tmp_path / "templates" / name
+    path.symlink_to(path)  # ELOOP stands for what a file system in trouble says
+    for read in (lambda: find(name, tmp_path), lambda: render(path, VALUES)):
+        with pytest.raises(EnsembleError, match=rf"^cannot read {path}: ") as caught:
+            read()
+        assert not isinstance(caught.value, UsageError)
 
 
 def test_installing_overwrites_nothing(tmp_path):
