@@ -126,6 +126,8 @@ def _server_settings(name: str) -> dict[str, str]:
         "search_path": SCHEMA,
         "timezone": "UTC",
         "jit": "off",
+        # Whatever is a site's default: functions.sql needs a snapshot for each statement.
+        "default_transaction_isolation": "read committed",
         "statement_timeout": "60000",
         "lock_timeout": "10000",
         "idle_in_transaction_session_timeout": "30000",

@@ -77,7 +77,12 @@ async def insert(
     workflows = await workflow_ids(connection, {task.new.workflow for task in resolved})
     shapes = await _shape_ids(connection, {_shape(task.new) for task in resolved})
     async with connection.transaction():
-        await connection.execute("SET LOCAL statement_timeout = 0")
+        # While the rows are made here, the server hears nothing. Not without end: whoever is stopped in this holds its
+        # key and its parents.
+        await connection.execute(
+            "SET LOCAL statement_timeout = 0;"
+            f" SET LOCAL idle_in_transaction_session_timeout = {round(1000 * _LONG_S)}"
+        )
         drawn = await connection.fetch(queries()["next_task_ids"], len(resolved))
         ids = [0] * len(resolved)
         for place, row in zip(sequence, drawn, strict=True):
@@ -106,6 +111,8 @@ async def insert(
             tasks.append(_task_row(task, task_id, workflow_id, shape_id, pending, lost))
             specs.append(_spec_row(task, task_id, layout))
         await _copy(connection, "task", tasks, _TASK_COLUMNS)
+        if dead:
+            await connection.execute(queries()["end_at_birth"], list(dead), timeout=_LONG_S)
         await _copy(connection, "task_spec", specs, _SPEC_COLUMNS)
         links = [
             (parent, ids[place], task.new.wait_for_parents)

@@ -42,6 +42,7 @@ _FINEST = 2**62
 _LEFT_ALONE = 100_000
 #: How many tasks of a lost lease are given back at once.
 _BATCH = 5000
+_RELEASE = "SELECT * FROM release_lost($1, $2, $3)"
 #: For how long to wait until a task is given back that takes its time: it may have millions of children.
 _PATIENCE_S = 3600.0
 
@@ -426,15 +427,15 @@ async def _release_slowly(pool: asyncpg.Pool[Any], lease_id: int) -> int:
     Without the reapers' lock: the others pass over what is being given back here, and need not wait for it.
     """
     get_logger().info("release.slow", lease=lease_id, hint="a task may have many children")
-    released, batch = 0, 1
+    released, last_id, batch = 0, 0, 1
     while True:
         async with wrapped():
-            rows = await fetch_patiently(
-                pool, "SELECT release_lost($1, $2)", lease_id, batch, timeout_s=_PATIENCE_S
+            [row] = await fetch_patiently(
+                pool, _RELEASE, lease_id, batch, last_id, timeout_s=_PATIENCE_S
             )
-        some: int = rows[0][0]
-        released += some
-        if some < batch:
+        some: int = row["released"]
+        released, last_id = released + some, row["last_id"]
+        if last_id is None:
             return released
         batch = min(4 * batch, _BATCH)
 
@@ -442,12 +443,13 @@ async def _release_slowly(pool: asyncpg.Pool[Any], lease_id: int) -> int:
 async def _release_some(
     connection: Any, lease_id: int, *, batch: int = _BATCH, is_reaper: bool = True
 ) -> int:
-    released = 0
+    released = last_id = 0
     while True:
         async with wrapped(), connection.transaction():
             if is_reaper and not await connection.fetchval(queries()["try_reaper_lock"]):
                 return released
-            some: int = await connection.fetchval("SELECT release_lost($1, $2)", lease_id, batch)
-        released += some
-        if some < batch:
+            row = await connection.fetchrow(_RELEASE, lease_id, batch, last_id)
+        some: int = row["released"]
+        released, last_id = released + some, row["last_id"]
+        if last_id is None:
             return released

@@ -197,7 +197,9 @@ async def _take_back(
     for row in await connection.fetch(queries()["unswept_leases"]):
         some = _RELEASE_AT_ONCE
         while some == _RELEASE_AT_ONCE:
-            some = await connection.fetchval("SELECT release_lost($1, $2)", row["id"], some)
+            some = await connection.fetchval(
+                "SELECT released FROM release_lost($1, $2, 0)", row["id"], some
+            )
             released += some
     given_up = await connection.fetch(queries()["give_up_batch_jobs"])
     await connection.execute(queries()["renew_service"])

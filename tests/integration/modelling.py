@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ensemble.core.model import Cause, Outcome, Verdict
@@ -200,8 +202,10 @@ class Model:
 
     # ------------------------------------------------------------------ reports
 
-    def judge(self, lease: int, task_id: int, attempt: int, *, is_end: bool) -> frozenset[Verdict]:
-        """Which answers a report may get; what it must not be told is not among them."""
+    def judge(
+        self, lease: int, task_id: int, attempt: int, ending: str | None = None
+    ) -> frozenset[Verdict]:
+        """Which answers a report of an end, or of a start, may get; what it must not be told is not among them."""
         job = self.jobs.get(task_id)
         if job is None:
             return frozenset({Verdict.MISSING})
@@ -213,13 +217,22 @@ class Model:
             return frozenset({Verdict.DUPLICATE}) if is_live else CLOSED
         if not is_live:
             return frozenset({Verdict.FENCED})
-        if not is_end and one.is_started:
+        if ending is None and one.is_started:
             return frozenset({Verdict.DUPLICATE})
         if task_id in self.locked:
             return frozenset({Verdict.BUSY})
-        if is_end and self.below(task_id) & self.locked:
+        if ending is not None and self.is_in_the_way(
+            task_id, lambda model: model.finish(task_id, ending)
+        ):
             return frozenset({Verdict.BUSY, Verdict.APPLIED})
         return frozenset({Verdict.APPLIED})
+
+    def is_in_the_way(self, task_id: int, change: Callable[[Model], None]) -> bool:
+        """Whether *change* ends a task that something waits for which is locked, or something below it is."""
+        then = copy.deepcopy(self)
+        change(then)
+        before, after = self.jobs[task_id].state, then.jobs[task_id].state
+        return before is not after and after in FINAL and bool(self.below(task_id) & self.locked)
 
     def start(self, task_id: int) -> None:
         job = self.jobs[task_id]

@@ -253,6 +253,22 @@ async def test_the_backlog_is_read_from_an_index_in_claim_order(past):
             assert all("num_nodes" in condition for condition in conditions), f"{mode}: {scans}"
 
 
+async def test_a_selection_reads_the_wide_table_only_for_what_is_in_it(crowd):
+    types = ["bigint[]", "text", "text[]", "text", "text", "jsonb"]
+    tables = {"task", "workflow"}
+    cases = [
+        (["NULL", "NULL", "NULL", "NULL", "NULL", "NULL"], tables),
+        (["NULL", "'crowd'", "'{FAILED}'", "NULL", "'app'", "NULL"], tables | {"app"}),
+        (["NULL", "NULL", "NULL", "'x'", "NULL", "NULL"], tables | {"task_spec"}),
+        (["NULL", "NULL", "NULL", "NULL", "NULL", "'{}'"], tables | {"task_spec"}),
+    ]
+    for values, wanted in cases:
+        nodes = await explain(
+            crowd, queries()["select_task_ids"], types, values, "force_custom_plan"
+        )
+        assert {n["Relation Name"] for n in nodes if "Relation Name" in n} == wanted, values
+
+
 async def blocks(connection, call):
     for _ in range(2):  # the first reads the catalogue, too
         text = await connection.fetchval(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ensemble.core.leases import Reaping, _release_some
+from ensemble.core.leases import Reaping, _release_slowly, _release_some
 from ensemble.core.model import Cause, Outcome
 from ensemble.core.store import Store
 from ensemble.errors import AllocationError, OutcomeUnknownError
@@ -180,6 +180,40 @@ async def test_a_locked_task_or_child_is_released_by_the_next_reaping(desk, reap
     assert (await desk.task(free)).state == "FAILED"
 
 
+async def test_a_locked_child_keeps_only_those_whose_end_changes_it(desk, reaping, psql):
+    lease = await desk.register()
+    running, out_of_time, killed, claimed, last = await desk.add(5)
+    await desk.begin(lease, 4)
+    await desk.claim(lease)
+    await desk.sql("UPDATE task SET max_losses = 0 WHERE id = $1", last)
+    await desk.sql("UPDATE task SET state = 'RUN_TIMEOUT' WHERE id = $1", out_of_time)
+    child = await desk.add_one(parents=[running, out_of_time, killed, claimed, last])
+    await desk.store.kill([killed])
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
+    async with psql.transaction(), asyncio.timeout(5):
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", child)
+        assert await reaping.release() == 5
+
+
+@pytest.mark.parametrize("is_patient", [False, True])
+async def test_a_blocked_task_does_not_keep_those_that_come_after_it(
+    desk, reaping, psql, is_patient
+):
+    lease = await desk.register()
+    first, *others = await desk.add(6, max_losses=0)
+    await desk.begin(lease)
+    child = await desk.add_one(parents=[first])
+    await reaping.bury(lease.id, state="EXPIRED", evidence="gone")
+    async with psql.transaction(), asyncio.timeout(5):
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", child)
+        if is_patient:
+            assert await _release_slowly(desk.store.pool, lease.id) == len(others)
+        else:
+            async with desk.store.pool.acquire() as connection:
+                assert await _release_some(connection, lease.id, batch=2) == len(others)
+    assert await reaping.release() == 1
+
+
 async def test_one_that_takes_longer_than_a_statement_may_is_released_after_all_others(
     desk, address, owner
 ):
@@ -206,8 +240,9 @@ async def test_a_live_lease_is_never_released(desk, psql):
     lease = await desk.register()
     task = await desk.add_one()
     await desk.begin(lease)
-    assert await psql.fetchval("SELECT release_lost($1, 10)", lease.id) == 0
-    assert await psql.fetchval("SELECT release_lost(999, 10)") == 0
+    for lease_id in (lease.id, 999):
+        found = await psql.fetchrow("SELECT * FROM release_lost($1, 10, 0)", lease_id)
+        assert tuple(found) == (0, None)
     assert await desk.tell(task) == ("RUNNING", 1, True)
 
 

@@ -107,6 +107,50 @@ async def test_a_locked_descendant_makes_a_report_busy_and_stalls_no_other(desk,
     assert [states[child], states[grandchild]] == below
 
 
+@pytest.mark.parametrize(
+    ("outcome", "cause"),
+    [
+        (Outcome.ERROR, Cause.EXIT_CODE),
+        (Outcome.TIMEOUT, Cause.TIME_LIMIT),
+        (Outcome.TIMEOUT, Cause.ALLOCATION_ENDED),
+        (Outcome.LOST, Cause.NODE_LOST),
+        (Outcome.KILLED, Cause.KILLED_BY_USER),
+    ],
+)
+async def test_an_end_that_changes_nothing_below_does_not_wait_for_a_locked_child(
+    desk, psql, outcome, cause
+):
+    lease = await desk.register()
+    parent = await desk.add_one(max_retries=1)
+    [claim] = await desk.begin(lease)
+    child = await desk.add_one(parents=[parent])
+    if outcome is Outcome.KILLED:
+        await desk.store.kill([parent])
+    async with psql.transaction(), asyncio.timeout(5):
+        await psql.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", child)
+        assert await desk.end(lease, claim, outcome, cause=cause) is Verdict.APPLIED
+    state = "USER_KILLED" if outcome is Outcome.KILLED else "RESTART_READY"
+    assert await desk.tell(parent) == (state, 1, False)
+
+
+@pytest.mark.parametrize("is_told_first", [False, True])
+async def test_a_clock_that_is_ahead_neither_moves_a_start_nor_ends_before_it(desk, is_told_first):
+    lease = await desk.register()
+    ids = await desk.add(50)
+    claims = await desk.claim(lease)
+    if is_told_first:
+        await lease.start([Start(id=c.id, attempt=1, at=desk.soon) for c in claims])
+    at = desk.soon
+    await lease.finish(
+        [End(id=c.id, attempt=1, outcome=Outcome.DONE, at=at, started_at=at) for c in claims]
+    )
+    for found in [await desk.detail(i) for i in ids]:
+        [attempt] = found.attempts
+        assert attempt.claimed_at <= attempt.started_at <= attempt.ended_at < at
+        assert found.task.started_at == attempt.started_at
+        assert found.task.ended_at == attempt.ended_at
+
+
 async def test_a_report_under_a_closed_lease_is_fenced_before_and_after_its_tasks_are_released(
     desk,
 ):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from ensemble.core import insertion
 from ensemble.core.database import connect, queries
 from ensemble.core.leases import Reaping
 from ensemble.core.model import Changes, NewApp, NewTask, Outcome, Output, Selector
@@ -38,6 +40,19 @@ async def test_twenty_thousand_tasks_are_added_in_one_go(desk):
     assert len(set(ids)) == 20_000
     counts = await desk.store.counts()
     assert counts.by_state == {"PREPROCESSED": 10_000, "AWAITING_PARENTS": 10_000}
+
+
+async def test_rows_may_take_longer_to_make_than_others_may_be_silent_in_a_transaction(desk, psql):
+    class Slow(list[str]):
+        def __iter__(self):
+            time.sleep(1.5)  # as if there were millions
+            return super().__iter__()
+
+    await psql.execute("SET idle_in_transaction_session_timeout = '1s'")
+    resolved = insertion.resolve_all([NewTask(command=["true"])], {})
+    assert await insertion.insert(psql, resolved, [0], Slow([resolved[0].name]), None) == [1]
+    assert await psql.fetchval("SHOW idle_in_transaction_session_timeout") == "1s"
+    assert await desk.tell(1) == ("PREPROCESSED", 0, False)
 
 
 async def test_a_malformed_task_is_named_and_nothing_is_added(desk):
@@ -87,6 +102,15 @@ async def test_changes_may_take_longer_than_other_statements(desk, address, owne
         assert await hasty.retry(ids) == ids
     async with slowed(owner, "DELETE", f"OLD.id = {ids[0]}", by_s=2):
         assert await hasty.remove(ids) == ids
+    await hasty.close()
+
+
+async def test_a_selection_may_take_longer_than_other_statements(desk, address, monkeypatch):
+    hasty = await Store.open(replace(address, command_timeout_s=1), name="test")
+    [task] = await desk.add()
+    slow = f"SELECT q.* FROM pg_sleep(2), ({queries()['select_task_ids']}) q"
+    monkeypatch.setitem(queries(), "select_task_ids", slow)
+    assert await hasty.task_states(Selector()) == {task: "PREPROCESSED"}
     await hasty.close()
 
 

@@ -549,7 +549,7 @@ class StoreMachine(RuleBasedStateMachine):
         note(f"lease {lease.id}: start({pairs}) -> {verdicts(found)}")
         assert set(found) == set(pairs)
         for pair in pairs:
-            assert found[pair] in self.model.judge(lease.id, *pair, is_end=False)
+            assert found[pair] in self.model.judge(lease.id, *pair)
         for task_id, _ in (pair for pair in pairs if found[pair] is Verdict.APPLIED):
             self.model.start(task_id)
 
@@ -571,7 +571,7 @@ class StoreMachine(RuleBasedStateMachine):
         note(f"lease {lease.id}: finish({ways}) -> {verdicts(found)}")
         assert set(found) == set(pairs)
         for pair in pairs:
-            assert found[pair] in self.model.judge(lease.id, *pair, is_end=True)
+            assert found[pair] in self.model.judge(lease.id, *pair, ways[pair])
         before = {i: self.model.jobs[i].state for i in self.model.locked}
         for pair in (pair for pair in pairs if found[pair] is Verdict.APPLIED):
             self.model.finish(pair[0], ways[pair])
@@ -669,7 +669,9 @@ class StoreMachine(RuleBasedStateMachine):
             elif still[job.id] is None:
                 self.model.release(job)
             else:
-                assert self.model.below(job.id) & self.model.locked, f"{job.id} is still held"
+                assert self.model.is_in_the_way(
+                    job.id, lambda model, i=job.id: model.release(model.jobs[i])
+                ), f"{job.id} is still held"
         assert before == {i: self.model.jobs[i].state for i in self.model.locked}
 
     # ------------------------------------------------------------------ the end

@@ -8,8 +8,9 @@ import asyncpg
 import pytest
 
 from ensemble.core import insertion
+from ensemble.core.database import connect
 from ensemble.core.insertion import resolve_all
-from ensemble.core.leases import Reaping
+from ensemble.core.leases import Lease, Reaping
 from ensemble.core.model import Cause, End, NewTask, Outcome, Verdict
 from ensemble.errors import NotFoundError, UsageError
 
@@ -97,6 +98,67 @@ async def test_a_parent_cannot_end_unseen_while_a_child_is_being_added(desk, psq
     assert await desk.tell(child) == (wanted, 0, False)
 
 
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+async def test_no_task_ends_under_a_snapshot_that_may_miss_its_children(desk, psql, level):
+    task_id = await desk.add_one()
+    await psql.execute(f"BEGIN ISOLATION LEVEL {level}")
+    await psql.execute("UPDATE task SET priority = 1")
+    with pytest.raises(asyncpg.PostgresError, match=f"task {task_id} cannot end in a {level} "):
+        await psql.execute("UPDATE task SET state = 'USER_KILLED'")
+    await psql.execute("ROLLBACK")
+    assert (await desk.task(task_id)).state == "PREPROCESSED"
+
+
+async def test_a_default_isolation_of_the_site_s_does_not_count(site, owner):
+    name = await owner.fetchval("SELECT quote_ident(current_database())")
+    await owner.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+    try:
+        connection = await connect(site.address(), name="test")
+        assert await connection.fetchval("SHOW transaction_isolation") == "read committed"
+        connection.terminate()
+    finally:
+        await owner.execute(f"ALTER DATABASE {name} RESET default_transaction_isolation")
+
+
+async def test_a_child_that_plain_sql_has_set_free_does_not_spoil_its_parent_s_report(desk, psql):
+    lease = await desk.register()
+    parent, other = await desk.add(2)
+    freed, kept = await desk.store.add([task("", parent), task("", parent, other)])
+    await psql.execute(
+        "UPDATE task SET state = 'PREPROCESSED', pending_parents = 0 WHERE id = $1", freed
+    )
+    claims = {claim.id: claim for claim in await desk.begin(lease)}
+    await desk.end(lease, claims[freed], Outcome.ERROR)
+    await desk.end(lease, claims[parent])
+    found = [await desk.task(i) for i in (freed, kept)]
+    assert [(str(t.state), t.pending_parents) for t in found] == [
+        ("FAILED", 0),
+        ("AWAITING_PARENTS", 1),
+    ]
+
+
+@pytest.mark.parametrize("has_child", [False, True])
+async def test_the_ends_of_many_children_do_not_read_all_edges(desk, owner, psql, has_child):
+    lease = await desk.register()
+    parent = await desk.add_one()
+    [claim] = await desk.begin(lease)
+    await desk.store.add([task("", parent) for _ in range(2000)])
+    await desk.end(lease, claim)
+    await owner.execute("ANALYZE ensemble.task, ensemble.task_parent")
+    ends = [end(claim) for claim in await desk.claim(lease, 100)]
+    if has_child:
+        await desk.add_one(parents=[ends[0].id])
+    async with psql.transaction():
+        # As after five batches.
+        await psql.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        await Lease(psql, lease.id, lease.launcher_id).finish(ends)
+        scans = await psql.fetch(
+            "SELECT relname::text, seq_scan FROM pg_stat_xact_user_tables"
+            " WHERE relname IN ('task', 'task_parent')"
+        )
+    assert dict(scans) == {"task": 0, "task_parent": 0}
+
+
 async def add_in(connection, *tasks):
     resolved = resolve_all(tasks, {})
     names = [each.name for each in resolved]
@@ -147,8 +209,9 @@ async def test_a_child_of_a_failed_task_is_failed_at_birth_and_so_is_its_child(d
     parent = await desk.add_one()
     await desk.store.kill([parent])
     child, grandchild = await desk.store.add([task("c", parent), task("g", "c")])
-    states = await desk.states()
-    assert (states[child], states[grandchild]) == ("FAILED", "FAILED")
+    found = [await desk.task(i) for i in (parent, child, grandchild)]
+    assert [str(each.state) for each in found] == ["USER_KILLED", "FAILED", "FAILED"]
+    assert found[0].ended_at < found[1].ended_at <= found[2].ended_at
     assert await desk.store.retry([parent]) == [parent, child, grandchild]
     lease = await desk.register()
     for _ in range(3):
@@ -200,6 +263,28 @@ async def test_a_retry_and_the_failure_of_another_parent_do_not_miss_each_other(
         assert await desk.end(lease, claims[running], Outcome.ERROR) is Verdict.BUSY
     assert await desk.end(lease, claims[running], Outcome.ERROR) is Verdict.APPLIED
     assert (await desk.task(child)).state == "FAILED"
+
+
+async def test_a_retry_revives_what_is_being_added_below_it(desk, psql, eventually):
+    parent = await desk.add_one()
+    await desk.store.kill([parent])
+    async with psql.transaction():
+        child = await add_in(psql, task("", parent))
+        retrying = asyncio.create_task(desk.store.retry([parent]))
+        await eventually(lambda: locked_waiters(desk))
+    assert await retrying == [parent, child]
+    assert await desk.tell(child) == ("AWAITING_PARENTS", 0, False)
+
+
+async def test_what_fails_with_another_ends_when_it_does_and_not_when_its_transaction_began(
+    desk, psql
+):
+    parent = await desk.add_one()
+    child = await desk.add_one(parents=[parent])
+    async with psql.transaction():
+        began = await psql.fetchval("SELECT now()")
+        await psql.fetch("SELECT * FROM kill_tasks($1, NULL)", [parent])
+    assert began < (await desk.task(parent)).ended_at < (await desk.task(child)).ended_at
 
 
 async def test_finished_parents_stay_finished_when_their_child_is_retried(desk):

@@ -22,31 +22,38 @@ LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
     SELECT t.id FROM task t JOIN first_parent f USING (id) ORDER BY t.id FOR NO KEY UPDATE OF t
   )
   UPDATE task t
-     SET state = 'FAILED', cause = 'parent', reason = 'task ' || f.parent_id, ended_at = now()
+     SET state = 'FAILED', cause = 'parent', reason = 'task ' || f.parent_id,
+         ended_at = clock_timestamp()
     FROM locked l JOIN first_parent f USING (id)
    WHERE t.id = l.id AND t.state = 'AWAITING_PARENTS'
 $$;
 
--- release_children(ids): one parent less to wait for; the last one sets a child free.
+-- release_children(ids): one parent less to wait for; the last one sets a child free. Whom somebody
+-- has set free before, by plain SQL, may wait for fewer than there are.
 CREATE OR REPLACE FUNCTION release_children(p_done bigint[]) RETURNS void
-LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
-  WITH child AS MATERIALIZED (
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+  v_ids bigint[];
+  v_finished int[];
+BEGIN
+  -- By way of arrays: the planner would read all tasks wherever some have very many children.
+  SELECT array_agg(c.id), array_agg(c.finished) INTO v_ids, v_finished FROM (
     SELECT child_id AS id, count(*)::int AS finished
-      FROM task_parent WHERE parent_id = ANY (p_done) AND waits GROUP BY child_id
-  ), locked AS MATERIALIZED (
-    SELECT t.id FROM task t JOIN child c USING (id) ORDER BY t.id FOR NO KEY UPDATE OF t
-  )
+      FROM task_parent WHERE parent_id = ANY (p_done) AND waits GROUP BY child_id) c;
+  PERFORM 1 FROM task t WHERE t.id = ANY (v_ids) ORDER BY t.id FOR NO KEY UPDATE;
   UPDATE task t
-     SET pending_parents = t.pending_parents - c.finished,
-         state = CASE WHEN t.state = 'AWAITING_PARENTS' AND t.pending_parents = c.finished
+     SET pending_parents = greatest(t.pending_parents - c.finished, 0),
+         state = CASE WHEN t.state = 'AWAITING_PARENTS' AND t.pending_parents <= c.finished
                       THEN 'PREPROCESSED' ELSE t.state END
-    FROM locked l JOIN child c USING (id)
-   WHERE t.id = l.id
-$$;
+    FROM unnest(v_ids, v_finished) AS c (id, finished)
+   WHERE t.id = c.id;
+END $$;
 
--- has_children(ids): whether anything waits for them.
+-- has_children(ids): whether anything waits for them. Where few tasks have very many children, the
+-- planner expects one of these in the first row that it reads, and those without any are looked for
+-- in all rows.
 CREATE OR REPLACE FUNCTION has_children(p_ids bigint[]) RETURNS boolean
-LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp SET enable_seqscan = off AS $$
 BEGIN
   RETURN EXISTS (SELECT 1 FROM task_parent WHERE parent_id = ANY (p_ids) AND waits);
 END $$;
@@ -54,7 +61,7 @@ END $$;
 -- task_moved(): for every writer, psql included: refuses an illegal move, writes the history, rings
 -- the bell on a kill, and tells the descendants. Children are handled by statements of their own,
 -- that is, with a snapshot taken after the parents were locked: a child that was being added
--- meanwhile is seen.
+-- meanwhile is seen. Where a snapshot is the whole transaction's it is not, and nothing may end.
 CREATE OR REPLACE FUNCTION task_moved() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = ensemble, pg_temp AS $$
 DECLARE
@@ -105,6 +112,11 @@ BEGIN
   ELSIF v_bad IS NOT NULL THEN
     RAISE EXCEPTION 'task % is % and cannot become %', v_bad, v_was, v_wanted
       USING ERRCODE = 'EN002';
+  END IF;
+  IF (v_done || v_dead) IS NOT NULL
+     AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+    RAISE EXCEPTION 'task % cannot end in a % transaction, which may miss its children: BEGIN ISOLATION LEVEL READ COMMITTED',
+      (v_done || v_dead)[1], current_setting('transaction_isolation') USING ERRCODE = 'EN002';
   END IF;
   IF v_kill THEN
     PERFORM pg_notify('ensemble_kill', '');
@@ -1028,17 +1040,33 @@ $$;
 
 -- ------------------------------------------------------------------------------- reports
 
+-- is_retried(task, own_fault): the policies, for a task that was stopped or ended badly.
+CREATE OR REPLACE FUNCTION is_retried(p_task task, p_own_fault boolean) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE WHEN p_own_fault THEN p_task.failures < p_task.max_retries
+              ELSE p_task.auto_timeout_retry AND p_task.timeouts < p_task.max_timeouts END
+$$;
+
+-- will_fail(task, outcome, cause): whether such an end of its attempt makes a held task FAILED.
+CREATE OR REPLACE FUNCTION will_fail(p_task task, p_outcome text, p_cause text) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE
+    WHEN p_task.state = 'USER_KILLED' OR p_outcome = 'done' THEN false
+    WHEN p_task.state = 'RUN_TIMEOUT'
+      THEN NOT is_retried(p_task, p_task.cause IS NOT DISTINCT FROM 'time limit')
+    WHEN p_outcome IN ('lost', 'given back')
+      THEN p_task.state = 'RUNNING' AND p_task.losses >= p_task.max_losses
+    ELSE NOT is_retried(p_task, p_outcome <> 'timeout' OR p_cause IS NOT DISTINCT FROM 'time limit')
+  END
+$$;
+
 -- settle_tasks(ids): the policies, in the transaction that released the hold.
 CREATE OR REPLACE FUNCTION settle_tasks(p_ids bigint[]) RETURNS void
 LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
   UPDATE task t
      SET failures = t.failures + CASE WHEN p.own_fault THEN 1 ELSE 0 END,
          timeouts = t.timeouts + CASE WHEN p.own_fault THEN 0 ELSE 1 END,
-         state = CASE
-           WHEN p.own_fault AND t.failures < t.max_retries THEN 'RESTART_READY'
-           WHEN NOT p.own_fault AND t.auto_timeout_retry AND t.timeouts < t.max_timeouts
-             THEN 'RESTART_READY'
-           ELSE 'FAILED' END
+         state = CASE WHEN is_retried(t, p.own_fault) THEN 'RESTART_READY' ELSE 'FAILED' END
     FROM (SELECT s.id, s.state = 'RUN_ERROR' OR s.cause IS NOT DISTINCT FROM 'time limit' AS own_fault
             FROM task s WHERE s.id = ANY (p_ids)) p
    WHERE t.id = p.id AND t.lease_id IS NULL AND t.state IN ('RUN_ERROR', 'RUN_TIMEOUT')
@@ -1088,7 +1116,8 @@ END $$;
 -- returns those of them for which that is not to be had within a moment: somebody's open
 -- transaction holds a child. A launcher reports such a task again and is not stalled by it.
 CREATE OR REPLACE FUNCTION blocked_parents(p_done bigint[], p_dead bigint[]) RETURNS bigint[]
-LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp SET lock_timeout = '250ms' AS $$
+LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp SET enable_seqscan = off
+SET lock_timeout = '250ms' AS $$
 DECLARE
   v_below bigint[];
   v_got bigint[];
@@ -1147,6 +1176,7 @@ LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
   v_live boolean := is_lease_active(p_lease);
+  v_now timestamptz;
   v_locked bigint[];
   v_blocked bigint[];
   v_unsettled bigint[];
@@ -1156,25 +1186,25 @@ DECLARE
 BEGIN
   SELECT coalesce(array_agg(l.id), '{}') INTO v_locked FROM (
     SELECT t.id FROM task t WHERE t.id = ANY (p_id) ORDER BY t.id FOR NO KEY UPDATE SKIP LOCKED) l;
-  SELECT blocked_parents(array_agg(i.id) FILTER (WHERE i.outcome = 'done'),
-                         array_agg(i.id) FILTER (WHERE i.outcome NOT IN ('done', 'given back')
-                           OR (i.outcome = 'given back' AND EXISTS (
-                                 SELECT 1 FROM task t
-                                  WHERE t.id = i.id AND t.state IN ('RUNNING', 'RUN_TIMEOUT')))))
-    INTO v_blocked FROM unnest(p_id, p_outcome) AS i (id, outcome);
+  SELECT blocked_parents(array_agg(t.id) FILTER (WHERE i.outcome = 'done' AND t.state <> 'USER_KILLED'),
+                         array_agg(t.id) FILTER (WHERE will_fail(t, i.outcome, i.cause)))
+    INTO v_blocked
+    FROM unnest(p_id, p_outcome, p_cause) AS i (id, outcome, cause)
+    JOIN task t ON t.id = i.id AND t.lease_id = p_lease;
   IF v_blocked <> '{}' THEN
     v_locked := ARRAY (SELECT unnest(v_locked) EXCEPT SELECT unnest(v_blocked));
   END IF;
+  v_now := clock_timestamp();
   WITH report AS MATERIALIZED (
     SELECT i.id, i.attempt, i.nodes,
            -- What is on record as started was not given back unstarted: it is lost.
            CASE WHEN k.is_lost THEN 'lost' ELSE i.outcome END AS outcome,
            -- No clock of a launcher makes an attempt begin before its claim or outlive its hold.
-           CASE WHEN i.at IS NULL THEN clock_timestamp()
-                ELSE least(greatest(i.at, i.started, a.started_at, a.claimed_at), clock_timestamp())
-                END AS at,
-           CASE WHEN i.started IS NOT NULL
-                THEN least(greatest(i.started, a.claimed_at), clock_timestamp()) END AS started,
+           CASE WHEN i.at IS NULL THEN v_now
+                ELSE least(greatest(i.at, i.started, a.started_at, a.claimed_at), v_now) END AS at,
+           CASE WHEN a.started_at IS NOT NULL THEN a.started_at
+                WHEN i.started IS NOT NULL THEN least(greatest(i.started, a.claimed_at), v_now)
+                END AS started,
            i.code, CASE WHEN k.is_lost THEN 'launcher lost' ELSE i.cause END AS cause,
            CASE WHEN k.is_lost THEN coalesce(i.reason, 'given back after its start') ELSE i.reason END AS reason,
            i.error, i.output, t.state AS was,
@@ -1194,7 +1224,7 @@ BEGIN
        SELECT i.outcome = 'given back' AND (t.state = 'RUNNING' OR a.started_at IS NOT NULL) AS is_lost) k
   ), closed AS (
     UPDATE ensemble.attempt a
-       SET ended_at = r.at, started_at = coalesce(a.started_at, r.started),
+       SET ended_at = r.at, started_at = r.started,
            nodes = CASE WHEN r.nodes = '' THEN a.nodes ELSE string_to_array(r.nodes, ',') END,
            exit_code = r.code, error = r.error, output = r.output,
            outcome = CASE WHEN r.was = 'USER_KILLED' AND r.outcome <> 'given back' THEN 'killed'
@@ -1242,22 +1272,32 @@ BEGIN
   RETURN QUERY SELECT * FROM unnest(v_ids, v_attempts, v_verdicts);
 END $$;
 
--- release_lost(lease, limit): gives back what a closed lease still held; the last step of a reaping.
--- Returns how many were released. A closed lease cannot gain a task, so 0 held is final.
-CREATE OR REPLACE FUNCTION release_lost(p_lease bigint, p_limit int) RETURNS int
+-- release_lost(lease, limit, after): gives back what a closed lease still held, of the ids above one;
+-- the last step of a reaping. Returns how many were released, and the id to go on after: null where
+-- that was all. A closed lease cannot gain a task, so 0 held is final.
+DROP FUNCTION IF EXISTS release_lost(bigint, int);
+CREATE OR REPLACE FUNCTION release_lost(
+  p_lease bigint, p_limit int, p_after bigint, OUT released int, OUT last_id bigint
+)
 LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 DECLARE
   v_evidence text;
   v_ids bigint[];
 BEGIN
+  released := 0;
   SELECT evidence INTO v_evidence FROM lease WHERE id = p_lease AND state <> 'ACTIVE' FOR KEY SHARE;
   IF NOT FOUND THEN
-    RETURN 0;
+    RETURN;
   END IF;
-  SELECT coalesce(array_agg(l.id), '{}') INTO v_ids FROM (
-    SELECT t.id FROM task t WHERE t.lease_id = p_lease
+  SELECT coalesce(array_agg(l.id), '{}'), CASE WHEN count(*) = p_limit THEN max(l.id) END
+    INTO v_ids, last_id FROM (
+    SELECT t.id FROM task t WHERE t.lease_id = p_lease AND t.id > p_after
      ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) l;
-  v_ids := ARRAY (SELECT unnest(v_ids) EXCEPT SELECT unnest(blocked_parents('{}', v_ids)));
+  v_ids := ARRAY (
+    SELECT unnest(v_ids)
+    EXCEPT
+    SELECT unnest(blocked_parents('{}', ARRAY (
+      SELECT t.id FROM task t WHERE t.id = ANY (v_ids) AND will_fail(t, 'lost', NULL)))));
   UPDATE attempt a
      SET ended_at = clock_timestamp(), reason = v_evidence,
          outcome = CASE WHEN t.state = 'USER_KILLED' THEN 'killed' ELSE 'lost' END,
@@ -1278,7 +1318,7 @@ BEGIN
   PERFORM settle_tasks(v_ids);
   UPDATE lease l SET swept = true
    WHERE l.id = p_lease AND NOT EXISTS (SELECT 1 FROM task t WHERE t.lease_id = p_lease);
-  RETURN cardinality(v_ids);
+  released := cardinality(v_ids);
 END $$;
 
 -- drain_tasks(lease, reason): the allocation ends: one statement marks all that runs. A row that
@@ -1331,7 +1371,7 @@ LANGUAGE sql VOLATILE SET search_path = ensemble, pg_temp AS $$
   )
   UPDATE task t
      SET state = 'USER_KILLED', cause = 'killed by user', reason = p_reason,
-         ended_at = CASE WHEN t.lease_id IS NULL THEN now() ELSE t.ended_at END
+         ended_at = CASE WHEN t.lease_id IS NULL THEN clock_timestamp() ELSE t.ended_at END
     FROM locked l
    WHERE t.id = l.id AND t.state NOT IN ('JOB_FINISHED', 'FAILED', 'USER_KILLED')
   RETURNING t.id, t.lease_id IS NOT NULL
@@ -1346,19 +1386,26 @@ LANGUAGE plpgsql VOLATILE SET search_path = ensemble, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
   v_wanted bigint[];
+  v_locked bigint[];
 BEGIN
-  WITH RECURSIVE wanted (id) AS (
-    SELECT t.id FROM task t WHERE t.id = ANY (p_ids) AND t.state IN ('FAILED', 'USER_KILLED')
-    UNION
-    SELECT c.id FROM wanted w
-      JOIN task_parent e ON e.parent_id = w.id AND e.waits
-      JOIN task c ON c.id = e.child_id AND c.state = 'FAILED' AND c.cause = 'parent'
-  )
-  SELECT array_agg(w.id) INTO v_wanted FROM wanted w;
-  PERFORM 1 FROM task t
-    WHERE t.id IN (SELECT unnest(v_wanted) UNION
-                   SELECT e.parent_id FROM task_parent e WHERE e.child_id = ANY (v_wanted) AND e.waits)
-    ORDER BY t.id FOR NO KEY UPDATE;
+  -- Until there are no more: what was being added below one of them, and made its lock wait, is seen
+  -- only then.
+  LOOP
+    WITH RECURSIVE wanted (id) AS (
+      SELECT t.id FROM task t WHERE t.id = ANY (p_ids) AND t.state IN ('FAILED', 'USER_KILLED')
+      UNION
+      SELECT c.id FROM wanted w
+        JOIN task_parent e ON e.parent_id = w.id AND e.waits
+        JOIN task c ON c.id = e.child_id AND c.state = 'FAILED' AND c.cause = 'parent'
+    )
+    SELECT array_agg(w.id) INTO v_wanted FROM wanted w;
+    EXIT WHEN NOT EXISTS (SELECT unnest(v_wanted) EXCEPT SELECT unnest(v_locked));
+    PERFORM 1 FROM task t
+      WHERE t.id IN (SELECT unnest(v_wanted) UNION
+                     SELECT e.parent_id FROM task_parent e WHERE e.child_id = ANY (v_wanted) AND e.waits)
+      ORDER BY t.id FOR NO KEY UPDATE;
+    v_locked := v_locked || v_wanted;
+  END LOOP;
   RETURN QUERY
     WITH RECURSIVE wanted AS MATERIALIZED (
       SELECT w.id FROM unnest(v_wanted) AS w (id)

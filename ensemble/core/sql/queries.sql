@@ -98,6 +98,10 @@ SELECT nextval('task_id_seq') FROM generate_series(1, $1)
 -- FOR SHARE waits for a parent's end that is being written, and holds one that is about to.
 SELECT id, state FROM task WHERE id = ANY ($1::bigint[]) ORDER BY id FOR SHARE
 
+-- end_at_birth(ids)
+-- COPY has no clock of the server's.
+UPDATE task SET ended_at = clock_timestamp() WHERE id = ANY ($1::bigint[])
+
 -- insert_submission(key, ids)
 INSERT INTO submission (key, task_ids) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING RETURNING key
 
@@ -130,9 +134,11 @@ SELECT t.id, s.name, w.name AS workflow, a.name AS app, t.state, s.argv, s.workd
  LIMIT $7
 
 -- select_task_ids(ids, workflow, states, name, app, tags)
+-- The wide table is read only where something of it is asked for.
 SELECT t.id, t.state
   FROM task t
-  JOIN task_spec s ON s.task_id = t.id
+  LEFT JOIN (SELECT s.task_id, s.name, s.tags FROM task_spec s
+              WHERE $4::text IS NOT NULL OR $6::jsonb IS NOT NULL) s ON s.task_id = t.id
   JOIN workflow w ON w.id = t.workflow_id
   LEFT JOIN app a ON a.id = t.app_id
  WHERE ($1::bigint[] IS NULL OR t.id = ANY ($1))
