@@ -451,7 +451,7 @@ class Launcher:
                 self._post(Reconciled(held=frozenset(held), known=known, claims_made=made))
 
     async def _reap(self) -> None:
-        period_s = max(1.0, min(30.0, self._settings.lease_ttl_s / 4))
+        period_s = max(0.5, min(30.0, self._settings.lease_ttl_s / 4))
         while True:
             await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
             try:

@@ -160,7 +160,7 @@ async def test_a_launcher_stopped_past_its_deadline_has_no_running_task(ens: Ens
     daemon, pid = await daemon_of(ens, detaching), launched.pid
     os.kill(pid, signal.SIGSTOP)
     await ens.gone()
-    assert not is_there(daemon)
+    await ens.eventually(lambda: not is_there(daemon))
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
     await ens.reach(State.RESTART_READY, within_s=30)
