@@ -43,6 +43,9 @@ DRIVER_ERRORS = (
 )
 T = TypeVar("T")
 
+#: How long a statement may take that has very many tasks to look at or to change, in seconds.
+PATIENCE_S = 3600.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:

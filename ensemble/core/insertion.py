@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ensemble.core import submission
-from ensemble.core.database import queries
+from ensemble.core.database import PATIENCE_S, queries
 from ensemble.core.model import App, Cause, NewTask
 from ensemble.core.states import State
 from ensemble.core.submission import Layout, Resolved
 from ensemble.errors import NotFoundError, UsageError
 
-_LONG_S = 3600.0
 #: What tasks of the same shape have in common.
 _Shape = tuple[int, int | None, int | None, int, int | None]
 _TASK_COLUMNS = (
@@ -81,7 +80,7 @@ async def insert(
         # key and its parents.
         await connection.execute(
             "SET LOCAL statement_timeout = 0;"
-            f" SET LOCAL idle_in_transaction_session_timeout = {round(1000 * _LONG_S)}"
+            f" SET LOCAL idle_in_transaction_session_timeout = {round(1000 * PATIENCE_S)}"
         )
         drawn = await connection.fetch(queries()["next_task_ids"], len(resolved))
         ids = [0] * len(resolved)
@@ -112,7 +111,7 @@ async def insert(
             specs.append(_spec_row(task, task_id, layout))
         await _copy(connection, "task", tasks, _TASK_COLUMNS)
         if dead:
-            await connection.execute(queries()["end_at_birth"], list(dead), timeout=_LONG_S)
+            await connection.execute(queries()["end_at_birth"], list(dead), timeout=PATIENCE_S)
         await _copy(connection, "task_spec", specs, _SPEC_COLUMNS)
         links = [
             (parent, ids[place], task.new.wait_for_parents)
@@ -125,7 +124,7 @@ async def insert(
 
 
 async def _copy(connection: Any, table: str, rows: list[Any], columns: Sequence[str]) -> None:
-    await connection.copy_records_to_table(table, records=rows, columns=columns, timeout=_LONG_S)
+    await connection.copy_records_to_table(table, records=rows, columns=columns, timeout=PATIENCE_S)
 
 
 async def _claim_key(connection: Any, key: str, ids: list[int]) -> list[int] | None:

@@ -14,7 +14,14 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from ensemble.core.database import again_on_deadlock, fetch_patiently, queries, storable, wrapped
+from ensemble.core.database import (
+    PATIENCE_S,
+    again_on_deadlock,
+    fetch_patiently,
+    queries,
+    storable,
+    wrapped,
+)
 from ensemble.core.model import (
     Claim,
     End,
@@ -43,8 +50,6 @@ _LEFT_ALONE = 100_000
 #: How many tasks of a lost lease are given back at once.
 _BATCH = 5000
 _RELEASE = "SELECT * FROM release_lost($1, $2, $3)"
-#: For how long to wait until a task is given back that takes its time: it may have millions of children.
-_PATIENCE_S = 3600.0
 
 
 async def register(pool: asyncpg.Pool[Any], new: NewLauncher, *, ttl_s: float) -> Lease:
@@ -431,7 +436,7 @@ async def _release_slowly(pool: asyncpg.Pool[Any], lease_id: int) -> int:
     while True:
         async with wrapped():
             [row] = await fetch_patiently(
-                pool, _RELEASE, lease_id, batch, last_id, timeout_s=_PATIENCE_S
+                pool, _RELEASE, lease_id, batch, last_id, timeout_s=PATIENCE_S
             )
         some: int = row["released"]
         released, last_id = released + some, row["last_id"]

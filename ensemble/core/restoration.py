@@ -195,12 +195,12 @@ async def _take_back(
     await connection.execute(queries()["forgive_losses"])
     released = 0
     for row in await connection.fetch(queries()["unswept_leases"]):
-        some = _RELEASE_AT_ONCE
-        while some == _RELEASE_AT_ONCE:
-            some = await connection.fetchval(
-                "SELECT released FROM release_lost($1, $2, 0)", row["id"], some
+        last_id: int | None = 0
+        while last_id is not None:
+            [given] = await connection.fetch(
+                "SELECT * FROM release_lost($1, $2, $3)", row["id"], _RELEASE_AT_ONCE, last_id
             )
-            released += some
+            released, last_id = released + given["released"], given["last_id"]
     given_up = await connection.fetch(queries()["give_up_batch_jobs"])
     await connection.execute(queries()["renew_service"])
     return Restored(

@@ -13,6 +13,7 @@ import asyncpg
 
 from ensemble.core import insertion, submission
 from ensemble.core.database import (
+    PATIENCE_S,
     Address,
     again_on_deadlock,
     fetch_patiently,
@@ -56,7 +57,6 @@ CHECKS = (
     "check_histories",
     "check_stuck",
 )
-_LONG_S = 3600.0
 
 
 class Store:
@@ -212,7 +212,7 @@ class Store:
         """Return id and state of every selected task, however long it takes: they may be very many."""
         async with wrapped():
             rows = await fetch_patiently(
-                self.pool, queries()["select_task_ids"], *_criteria(selector), timeout_s=_LONG_S
+                self.pool, queries()["select_task_ids"], *_criteria(selector), timeout_s=PATIENCE_S
             )
         return {row["id"]: State(row["state"]) for row in rows}
 
@@ -304,7 +304,7 @@ class Store:
         async with wrapped(), self.pool.acquire() as connection, connection.transaction():
             await connection.execute("SET LOCAL statement_timeout = 0")
             for check in CHECKS:
-                rows = await connection.fetch(queries()[check], timeout=_LONG_S)
+                rows = await connection.fetch(queries()[check], timeout=PATIENCE_S)
                 problems += [
                     Problem(check=check, task_id=row["id"], problem=row["problem"]) for row in rows
                 ]
@@ -335,7 +335,7 @@ class Store:
     async def _change(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """Change tasks, however long it takes: they may be very many, and their children more."""
         return await again_on_deadlock(
-            lambda: fetch_patiently(self.pool, statement, *values, timeout_s=_LONG_S)
+            lambda: fetch_patiently(self.pool, statement, *values, timeout_s=PATIENCE_S)
         )
 
     async def modify(self, task_id: int, changes: Changes) -> None:

@@ -456,7 +456,7 @@ class Launcher:
             await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
             try:
                 await self._try(reap(self._store, self._spools, own_lease=self._lease.id))
-            except (OSError, RuntimeError) as error:  # for want of file descriptors or threads
+            except runtime.SHORTAGE as error:
                 self._log.warning("reap.failed", error=str(error))
 
     async def _tell(self) -> None:

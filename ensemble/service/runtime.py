@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 #: What batch schedulers send before they kill (see docs/signals.md), and a terminal's Ctrl-C.
 DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+#: What a process meets that has used up its file descriptors, threads or disk (`ulimit -n`, `ulimit -u`).
+SHORTAGE = (OSError, RuntimeError)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -34,8 +34,6 @@ _BEAT_S = 5.0
 #: Rounds that a ring asks for come no closer together than this part of a period.
 _RING_PART = 12
 
-#: What a process meets that has used up its file descriptors or threads (`ulimit -n`, `ulimit -u`).
-_WANT = (OSError, RuntimeError)
 #: What changes whenever a file does; None of one that cannot be looked at.
 _Stamp = tuple[int, int, int] | None
 
@@ -212,7 +210,7 @@ class Service:
         except StoreUnavailableError as error:
             self._log.warning("store.lost", error=str(error))
             self._is_in_doubt.set()  # the lock may be lost, too
-        except (EnsembleError, *_WANT) as error:
+        except (EnsembleError, *runtime.SHORTAGE) as error:
             # What nobody has thought of must not end the service.
             self._log.error("round.failed", error=str(error))
 
@@ -235,7 +233,7 @@ class Service:
                 "settings.refused", error=str(error), hint="what was read before stays in force"
             )
             return
-        except _WANT as error:
+        except runtime.SHORTAGE as error:
             self._stamp = None  # it was not read: again in the next round
             self._log.warning("settings.not_read", error=str(error))
             return
@@ -280,7 +278,7 @@ class Service:
         while True:
             try:
                 await runtime.detached(reap(self._store, spool.folder(self._site.path)))
-            except (StoreUnavailableError, *_WANT) as error:
+            except (StoreUnavailableError, *runtime.SHORTAGE) as error:
                 self._log.warning("reap.failed", error=str(error))
             period_s = min(_REAP_S, self._site.settings.service.period_s)
             await asyncio.sleep(period_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter

@@ -127,7 +127,7 @@ class Settlement:
             self._spool = await asyncio.to_thread(
                 spool.write, self._spools, head, starts, ends, now=runtime.utc_now()
             )
-        except (OSError, RuntimeError) as error:  # a full disk; for want of threads
+        except runtime.SHORTAGE as error:
             self._spool_error = str(error)
             self._log.error("spool.not_written", reports=len(ends), error=str(error))
             return False

@@ -562,12 +562,18 @@ def following(ens: Command, task: int) -> Iterator[subprocess.Popen[bytes]]:
         follower.stderr.close()
 
 
-def test_a_followed_log_ends_with_the_task(ens):
-    task = ens.add("--name", "followed", "--", "true")
+def written(ens: Command, name: str) -> tuple[int, Path]:
+    """Add a task that nobody runs; return it, and its output, which has one line."""
+    task = ens.add("--name", name, "--", "true")
     folder = Path(ens("dir", str(task)).strip())
     folder.mkdir(parents=True)
-    output = folder / "followed.out"
+    output = folder / f"{name}.out"
     output.write_text("one\n")
+    return task, output
+
+
+def test_a_followed_log_ends_with_the_task(ens):
+    task, output = written(ens, "followed")
     with following(ens, task) as follower:
         assert follower.stdout.readline() == b"one\n"
         with output.open("a") as file:
@@ -579,11 +585,7 @@ def test_a_followed_log_ends_with_the_task(ens):
 
 
 def test_a_reader_that_leaves_a_followed_log_is_no_error(ens):
-    task = ens.add("--name", "left", "--", "true")
-    folder = Path(ens("dir", str(task)).strip())
-    folder.mkdir(parents=True)
-    output = folder / "left.out"
-    output.write_text("one\n")
+    task, output = written(ens, "left")
     with following(ens, task) as follower:
         assert follower.stdout.readline() == b"one\n"
         follower.stdout.close()
@@ -684,9 +686,6 @@ def test_a_lease_that_is_closed_or_unknown_is_released_quietly(ens):
 
 
 @pytest.mark.mpi
-@pytest.mark.skipif(
-    not (ROOT / "ensemble" / "service" / "launcher.py").exists(), reason="there is no launcher"
-)
 def test_a_launch_runs_what_there_is(ens):
     ens("app", "add", "say", "--command", "echo said {x}")
     tasks = [ens.add("--workflow", "go", "--app", "say", "--param", f"x={x}") for x in range(3)]
